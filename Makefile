@@ -1,0 +1,42 @@
+# Everything sets itself up: a virtual environment, the pinned packages, then the work.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV ?= .venv
+BENCH_VENV ?= .venv-bench
+BIN = $(VENV)/bin
+PIP_FLAGS = --quiet --disable-pip-version-check
+
+.PHONY: setup quickstart test check parity bench clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/python -m engine
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# TRL lives in an environment of its own, so that nothing of ours depends on what it needs.
+$(BENCH_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+parity: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python -m pytest tests/parity
+
+bench: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python benchmarks/sft_vs_trl.py
+
+clean:
+	rm -rf $(VENV) $(BENCH_VENV) build dist

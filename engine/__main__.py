@@ -1,0 +1,71 @@
+"""``python -m engine``: compose, check, run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from engine.config import compose
+from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
+
+MULTIRUN, HELP, SHOW = {"-m", "--multirun"}, {"-h", "--help"}, {"--cfg"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become sentences."""
+    words = sys.argv[1:] if argv is None else argv
+    flags = [w for w in words if w.startswith("-")]
+    overrides = [w for w in words if not w.startswith("-")]
+    try:
+        unknown = [f for f in flags if f not in MULTIRUN | HELP | SHOW]
+        if unknown:
+            raise UserError(*(f"{f}: no such flag; there are -m, --cfg and --help." for f in unknown))
+        if HELP & set(flags):
+            from engine.config.help import text
+
+            print(text())
+            return EXIT_DONE
+        if SHOW & set(flags):
+            print(compose.compose(compose.with_quickstart(overrides)).recipe, end="")
+            return EXIT_DONE
+        return sweep(overrides) if MULTIRUN & set(flags) else run_one(overrides)
+    except RunError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}" if not line.startswith("  ") else line, file=sys.stderr)
+        return error.exit_code
+
+
+def run_one(overrides: list[str]) -> int:
+    """Compose one recipe and run it."""
+    composed = compose.compose(compose.with_quickstart(overrides))
+    from engine import worker
+    from engine.executors.local import LocalExecutor
+
+    return LocalExecutor().run(worker.main, composed.config, composed.recipe)
+
+
+def sweep(overrides: list[str]) -> int:
+    """Run every combination of the swept values, one after another, each in a process and folder of its own.
+
+    The folder of the sweep is ``run.dir``, or a fresh one; its points are ``000``, ``001``, ….
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    points = BasicSweeper.split_arguments(compose.parse(overrides), max_batch_size=None)[0]
+    points = [compose.with_quickstart(list(point)) for point in points]
+    recipes = [compose.compose(point) for point in points]
+    root = recipes[0].config.run.dir
+    worst = EXIT_DONE
+    for number, point in enumerate(points):
+        folder = f"{root}/{number:03d}"
+        words = [w for w in point if not w.startswith("run.dir=")]
+        print(f"{folder}: {' '.join(w for w in words if w not in overrides) or 'as given'}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "engine", *words, f"run.dir={folder}"], check=False).returncode
+        if code == EXIT_STOPPED:
+            return code
+        worst = max(worst, EXIT_DONE if code == EXIT_DONE else EXIT_ERROR)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Backends: what computes a step. Nothing heavy is imported until one is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.config.schema import RunConfig
+from engine.types import Backend
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build(config: RunConfig, device: torch.device) -> Backend:
+    """Return the backend that ``backend.name`` chooses, its model on ``device``."""
+    from engine.backends.torch_backend import TorchBackend
+
+    return TorchBackend(config, device)

@@ -1,0 +1,109 @@
+"""Loading and writing transformers causal language models."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import hub
+from engine.config.schema import ModelSection
+from engine.data.template import template_text
+from engine.errors import UserError
+
+
+def compute_dtype(model: ModelSection, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward and backward passes."""
+    name = model.dtype if model.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def load(model: ModelSection, *, seed: int, attention: str) -> Any:
+    """Return the model in float32 on the CPU, with weights from its folder or fresh ones.
+
+    Args:
+        model: The recipe's model.
+        seed: Of fresh weights.
+        attention: Name in transformers' attention interface.
+
+    Raises:
+        UserError: For an unknown field in ``config_overrides``, or weights that do not fit the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = hub.folder(model.path, model.revision, weights=model.init == "pretrained")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.path={model.path}: {_one_line(error)}.") from error
+    for key, value in model.config_overrides.items():
+        known = config.to_dict()
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(
+                f"model.config_overrides.{key}: {type(config).__name__} has no such field"
+                + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}.")
+            )
+        setattr(config, key, value)
+    options = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    try:
+        if model.init == "random":
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, **options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
+    lost = [str(k) for name in ("missing_keys", "mismatched_keys") for k in info.get(name, ())]
+    if lost:
+        raise UserError(
+            f"model.path={model.path}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}…), and would be "
+            "random; complete the folder, correct model.config_overrides, or train fresh weights with model.init=random."
+        )
+    return loaded
+
+
+def write(model: Any, section: ModelSection, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights, configuration, tokenizer and template as ``from_pretrained`` loads them.
+
+    Args:
+        model: The model, with float32 weights.
+        section: The recipe's model, for the tokenizer and the template.
+        folder: Made if it is not there.
+        dtype: Of the written floating-point weights.
+    """
+    state = {
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()
+    }
+    kept = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    finally:
+        model.config.dtype = kept
+    load_tokenizer(section).save_pretrained(folder)
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """Return the tokenizer with the template that the recipe trains."""
+    from transformers import AutoTokenizer
+
+    folder = hub.folder(section.tokenizer or section.path, section.revision, weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    text = template_text(section)
+    if text != "default":
+        tokenizer.chat_template = text or "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def named_parameters(model: Any) -> dict[str, Tensor]:
+    """Return the parameters by name, tied ones once."""
+    return dict(model.named_parameters(remove_duplicate=True))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

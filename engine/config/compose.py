@@ -1,0 +1,356 @@
+"""From the words on the command line to a checked recipe.
+
+Hydra composes the YAML; the schema then looks at the whole and every problem is reported at once. Precedence, weakest first:
+algorithm, other groups, recipe, groups chosen on the command line, keys set on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from engine.config.names import stop, suggestion
+from engine.config.schema import RunConfig, Section
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def resource(name: str) -> Path:
+    """Return the folder ``conf`` or ``recipes``: inside the package in a wheel, beside it in a checkout."""
+    inside = ROOT / name
+    return inside if inside.is_dir() else ROOT.parent / name
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked recipe and its re-runnable text, in which ``${oc.env:…}`` is left unresolved."""
+
+    config: RunConfig
+    recipe: str
+
+
+def groups() -> dict[str, list[str]]:
+    """Return the choices of every config group, by name."""
+    conf = resource("conf")
+    found = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(conf.iterdir()) if d.is_dir()}
+    return {**found, "recipe": sorted(recipes())}
+
+
+def recipes() -> dict[str, Path]:
+    """Return the file of every named recipe: ours, then those in the folders of ``$ANNEAL_RECIPE_PATH``."""
+    found: dict[str, Path] = {}
+    for folder in [resource("recipes"), *map(Path, filter(None, os.environ.get("ANNEAL_RECIPE_PATH", "").split(":")))]:
+        if not folder.is_dir():
+            raise UserError(f"ANNEAL_RECIPE_PATH: {folder} is not a folder; correct or unset it.")
+        for file in sorted(folder.glob("*.yaml")):
+            if file.stem in found:
+                raise UserError(
+                    f"recipe={file.stem} is defined in {found[file.stem]} and in {file}; rename one of them."
+                )
+            found[file.stem] = file
+    return found
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key of the schema, groups included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def compose(overrides: list[str]) -> Composed:
+    """Compose, validate and resolve one run.
+
+    Args:
+        overrides: Words of the command line: ``group=choice``, ``key=value``, ``recipe=NAME_OR_FILE``.
+
+    Raises:
+        UserError: With every problem that was found, a sentence each.
+    """
+    from engine.config.checks import check
+
+    choices, values, problems = _split(parse(overrides))
+    misspelt = {p.split("=", 1)[0] for p in problems}
+    cfg = compose_groups({g: c for g, c in choices.items() if g not in misspelt})
+    for override in values:
+        key = override.key_or_group
+        try:
+            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+        except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
+            problems.append(f"{override.input_line}: cannot set {key} ({_first_line(error)}).")
+    container = _resolve(cfg, problems)
+    config, found = _validate(container, choices, values)
+    problems += [p for p in found if p.split(".", 1)[0] not in misspelt]
+    if config is not None:
+        problems += check(config)
+    if config is None or problems:
+        raise UserError(*problems)
+    return Composed(config, _recipe_text(cfg, config))
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Parse overrides by Hydra's grammar.
+
+    Raises:
+        UserError: If a word is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parsed, problems = [], []
+    parser = OverridesParser.create()
+    for word in overrides:
+        try:
+            parsed.append(parser.parse_override(word))
+        except HydraException as error:
+            hint = "write key=value" if "=" not in word else f"quote special characters: '{word.split('=')[0]}=\"…\"'"
+            problems.append(f"{word}: not an override ({_first_line(error)}); {hint}.")
+    if problems:
+        raise UserError(*problems)
+    return parsed
+
+
+def with_quickstart(overrides: list[str]) -> list[str]:
+    """Return the overrides with the quickstart recipe added where neither model, data nor recipe is chosen."""
+    chosen = {o.split("=", 1)[0].lstrip("+") for o in overrides}
+    named = {"model", "data", "recipe", "model.path", "data.train_path"}
+    return overrides if chosen & named else [*overrides, "recipe=quickstart"]
+
+
+def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override], list[str]]:
+    """Separate group choices from values."""
+    available = groups()
+    choices: dict[str, str] = {}
+    values: list[Override] = []
+    problems: list[str] = []
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_delete():
+            problems.append(f"{override.input_line}: keys are not deleted; set {key}=null instead.")
+        elif override.is_sweep_override():
+            problems.append(
+                f"{override.input_line}: several values need -m (python -m engine -m {override.input_line})."
+            )
+        elif key not in available:
+            values.append(override)
+        elif not isinstance(override.value(), str):
+            problems.append(
+                f"{override.input_line}: {key} is a group; {key}=NAME chooses one of {', '.join(available[key])}."
+            )
+        else:
+            choice = str(override.value())
+            if key != "recipe" and choice not in available[key]:
+                problems.append(stop(f"{key}={choice}: no such choice; {_near(choice, available[key])}"))
+            choices[key] = choice
+    return choices, values, problems
+
+
+def compose_groups(choices: dict[str, str]) -> DictConfig:
+    """Compose the defaults list with the chosen groups; groups chosen by the user win over the recipe's own keys."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    OmegaConf.register_new_resolver("uid", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True)
+    available = recipes()
+    recipe = choices.get("recipe")
+    name = None
+    if recipe is not None:
+        file = available.get(recipe)
+        if file is None and recipe.endswith((".yaml", ".yml")):
+            file = Path(recipe)
+            if not file.is_file():
+                raise UserError(f"recipe={recipe}: no such file.")
+        if file is None:
+            raise UserError(stop(f"recipe={recipe}: no such recipe and no .yaml file; {_near(recipe, available)}"))
+        name = "chosen_by_path" if recipe not in available else recipe
+        available = {**available, name: file}
+    store = ConfigStore.instance()
+    for stem, file in available.items():
+        store.store(
+            group="recipe",
+            name=stem,
+            node=_load_recipe(file) if stem == name else _load_lenient(file),
+            package="_global_",
+        )
+    words = [f"{g}={c}" for g, c in choices.items() if g != "recipe"] + ([f"recipe={name}"] if name else [])
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(resource("conf")), version_base="1.3", job_name="engine"):
+            cfg = hydra_compose("config", overrides=words)
+            if recipe is not None:
+                for group, choice in choices.items():
+                    if group != "recipe":
+                        cfg = _merge_group(cfg, group, choice)
+    except (HydraException, OmegaConfBaseException) as error:
+        where = f"recipe={recipe}" if recipe else " ".join(words) or "conf"
+        raise UserError(f"{where}: cannot be composed ({_first_line(error)}).") from error
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+def _merge_group(cfg: DictConfig, group: str, choice: str) -> DictConfig:
+    """Lay a group chosen on the command line over what the recipe set."""
+    from hydra import compose as hydra_compose
+
+    own = hydra_compose(f"{group}/{choice}")
+    OmegaConf.set_struct(cfg, False)
+    return OmegaConf.merge(cfg, own)  # type: ignore[return-value]
+
+
+def _load_recipe(file: Path) -> DictConfig:
+    import yaml
+
+    try:
+        node = OmegaConf.load(file)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{file}: a recipe is a mapping of keys to values.")
+    return node
+
+
+def _load_lenient(file: Path) -> DictConfig:
+    """Load a recipe that nobody chose: another recipe may build on it, but its faults are not this run's."""
+    try:
+        return _load_recipe(file)
+    except UserError as error:
+        return OmegaConf.create({"broken recipe": str(error)})
+
+
+def _resolve(cfg: DictConfig, problems: list[str]) -> dict[str, Any]:
+    """Resolve every interpolation; a failure becomes a problem that names its key."""
+
+    def walk(node: Any, path: str) -> Any:
+        if OmegaConf.is_dict(node):
+            keys = list(node.keys())
+        elif OmegaConf.is_list(node):
+            keys = list(range(len(node)))
+        else:
+            return node
+        out: dict[Any, Any] = {}
+        for key in keys:
+            dotted = f"{path}{key}"
+            if OmegaConf.is_missing(node, key):
+                continue
+            try:
+                out[key] = walk(node[key], f"{dotted}.")
+            except OmegaConfBaseException as error:
+                problems.append(f"{dotted}: cannot be resolved ({_first_line(error)}).")
+        return out if OmegaConf.is_dict(node) else list(out.values())
+
+    result: dict[str, Any] = walk(cfg, "")
+    return result
+
+
+def _validate(
+    container: dict[str, Any], choices: dict[str, str], values: list[Override]
+) -> tuple[RunConfig | None, list[str]]:
+    """Hold the composed keys against the schema.
+
+    Returns:
+        The configuration, unknown keys left out (None if more than those is wrong), and a sentence for every problem.
+    """
+    try:
+        return RunConfig.model_validate(container), []
+    except ValidationError as error:
+        findings = error.errors(include_url=False)
+        config = None
+        if all(item["type"] == "extra_forbidden" for item in findings):
+            for item in findings:
+                node: Any = container
+                for part in item["loc"][:-1]:
+                    node = node[part]
+                node.pop(item["loc"][-1])
+            config = RunConfig.model_validate(container)
+        typed = {o.key_or_group: o.input_line for o in values if o.input_line}
+        known = known_keys()
+        file = choices.get("recipe")
+        problems = []
+        for item in findings:
+            path = [str(p) for p in item["loc"]]
+            key = ".".join(path)
+            said = next(
+                (line for k, line in typed.items() if key == k or key.startswith(k + ".") or k.startswith(key + ".")),
+                None,
+            )
+            where = said or (f"{key} (in recipe {file})" if file else key)
+            if item["type"] == "extra_forbidden":
+                unknown = next((k for k in typed if k.startswith(key + ".")), key)
+                problems.append(stop(f"{where}: there is no key {unknown}; {suggestion(unknown, known)}"))
+            elif item["type"] == "missing":
+                problems.append(_missing(key))
+            else:
+                value = f"={item['input']!r}" if said is None and not isinstance(item["input"], dict) else ""
+                problems.append(stop(f"{where}{value}: {_sentence(item)}"))
+        return config, list(dict.fromkeys(problems))
+
+
+def _missing(key: str) -> str:
+    remedies = {
+        "model.path": "choose a model, such as model=tiny, model=llama3_8b or model.path=FOLDER_OR_HUB_ID",
+        "data.train_path": "give the training data, such as data.train_path=FILE.jsonl",
+    }
+    return f"{key} is not set: {remedies.get(key, f'set {key}=…')}."
+
+
+def _sentence(item: Any) -> str:
+    """Turn one of pydantic's findings into the end of a sentence."""
+    message: str = item["msg"]
+    if item["type"] == "literal_error":
+        expected: str = item["ctx"]["expected"]
+        words = [w.strip("' ") for w in expected.replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(item["input"]), words, 1)
+        return f"must be {expected}" + (f"; did you mean {near[0]}?" if near else "")
+    if item["type"] == "model_type":
+        return "is a group of keys, not a value"
+    if message.startswith("Input should be "):
+        message = "must be " + message.removeprefix("Input should be ")
+    return message[0].lower() + message[1:]
+
+
+def _recipe_text(cfg: DictConfig, config: RunConfig) -> str:
+    """Return the resolved recipe as YAML, secrets unresolved, without what belongs to one folder alone."""
+    from yaml import safe_dump
+
+    dumped = config.model_dump(mode="json")
+
+    def restore(node: Any, out: Any) -> None:
+        for key in node.keys() if OmegaConf.is_dict(node) else range(len(node)):
+            raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index]
+            if isinstance(raw, str) and "${oc.env:" in raw.replace(" ", ""):
+                out[key] = raw
+            elif isinstance(raw, (dict, list)):
+                restore(node[key], out[key])
+
+    restore(cfg, dumped)
+    for key in ("dir", "resume"):
+        dumped["run"].pop(key)
+    head = "# @package _global_\n# The resolved recipe of a run: python -m engine recipe=THIS_FILE repeats it.\n"
+    return head + str(safe_dump(dumped, sort_keys=False, allow_unicode=True))
+
+
+def _near(word: str, choices: Any) -> str:
+    near = difflib.get_close_matches(word, list(choices), 1)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

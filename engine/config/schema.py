@@ -1,0 +1,236 @@
+"""Every key of a recipe: its type, its range and what it means.
+
+Values live in ``conf/`` and in recipes; this module says what is allowed. The docstring under a field is what ``--help`` shows.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where a run lives and how it may be repeated."""
+
+    dir: str = Field(min_length=1)
+    """Run folder; everything the run produces is below it."""
+    name: Name
+    """Name of the run, used in the default folder and by loggers."""
+    seed: NonNegative
+    """Seed of the order of the data, random weights and dropout."""
+    resume: str = Field(min_length=1)
+    """auto: continue run.dir if it has checkpoints; never: refuse if it has; else a run or checkpoint folder to continue."""
+    deterministic: bool
+    """Bit-for-bit repeatable kernels, where the device has them."""
+    probe: bool
+    """Check on this very model, before step 1, that packing and the fused loss equal the model's own logits."""
+    callbacks: list[str]
+    """Callbacks as module:Class, called in this order (see docs/callbacks.md)."""
+
+
+class ModelSection(Section):
+    """The model, its tokenizer and its template."""
+
+    path: str = Field(min_length=1)
+    """Folder or hub id of a transformers causal language model, or builtin:tiny_llama."""
+    revision: str | None
+    """Revision of a hub id."""
+    config_overrides: dict[str, Any]
+    """Fields of the model's config.json to replace, checked against its own fields."""
+    init: Literal["pretrained", "random"]
+    """pretrained: load the folder's weights; random: fresh weights from run.seed."""
+    tokenizer: str | None
+    """Folder or hub id of the tokenizer; null: the model's own."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """Compute type; master weights and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
+    attention: Literal["auto", "sdpa", "flash_attention", "varlen"]
+    """Packed attention. auto: flash_attention if installed, then torch's varlen on CUDA, else one SDPA call a document."""
+    chat_template: str | None
+    """default: the tokenizer's own; null: contents are concatenated; else a Jinja string or a file."""
+    template_args: dict[str, Any]
+    """Variables handed to the chat template (enable_thinking: false, say)."""
+    trust_remote_code: bool
+    """Run code that comes with the model folder."""
+    compile: bool
+    """Compile each decoder layer with torch.compile."""
+    recompute: Literal["none", "full"]
+    """full: recompute each layer's activations in the backward pass to save memory."""
+
+
+class PackingSection(Section):
+    """How samples become micro-batches."""
+
+    enabled: bool
+    """True: samples are packed without padding; false: padded micro-batches of train.micro_batch_size."""
+    max_tokens: Count | None
+    """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length."""
+
+
+class DataSection(Section):
+    """Where conversations come from and which of their tokens are trained."""
+
+    train_path: str = Field(min_length=1)
+    """File, folder or hub id of the training conversations."""
+    val_path: str | None
+    """File, folder or hub id of the validation conversations; null: no validation."""
+    train_split: str
+    """Split of a hub data set to train on."""
+    val_split: str
+    """Split of a hub data set to validate on."""
+    reader: str | None
+    """messages, alpaca, or module:function of your own; null: recognised from the first row's columns."""
+    max_length: Count
+    """Longest sample in tokens."""
+    overlong: Literal["drop", "truncate", "error"]
+    """What happens to a sample longer than max_length; drops and cuts are counted."""
+    train_on: Literal["last_assistant", "all_assistant", "all"]
+    """Which turns carry loss; "all" trains on every token of the conversation."""
+    shuffle: bool
+    """Draw each epoch in its own order; false: the order of the file."""
+    drop_last: bool
+    """Drop the last, partial batch of an epoch."""
+    add_bos: bool
+    """Put the tokenizer's beginning-of-sequence token before a sample that lacks it."""
+    add_eos: bool
+    """Put the end-of-sequence token after a sample that lacks it; trained where the last turn is."""
+    packing: PackingSection
+    """Packing of samples into micro-batches."""
+    cache: Literal["use", "rebuild", "off"]
+    """Tokenised samples: reuse them, make them anew, or keep them in the run folder alone."""
+    cache_dir: str | None
+    """Folder of tokenised data, shared by runs; null: $ANNEAL_CACHE or ~/.cache/anneal."""
+    num_workers: Count | None
+    """Processes that tokenise; null: one a core, at most 8."""
+
+
+class AlgorithmSection(Section):
+    """How long to train and when to validate."""
+
+    name: Literal["sft"]
+    """Objective: sft."""
+    max_num_steps: NonNegative | None
+    """Optimizer steps; with max_num_epochs, whichever comes first."""
+    max_num_epochs: Annotated[float, Field(gt=0)] | None
+    """Passes over the data; with max_num_steps, whichever comes first."""
+    val_period: NonNegative
+    """Steps between validations; 0: none along the way."""
+    val_batches: NonNegative
+    """Validation batches; 0: all."""
+    val_global_batch_size: Count | None
+    """Conversations in a validation batch; null: train.global_batch_size."""
+    val_micro_batch_size: Count | None
+    """Conversations in a padded validation micro-batch; null: train.micro_batch_size."""
+    val_at_start: bool
+    """Validate before the first step."""
+    val_at_end: bool
+    """Validate after the last step."""
+
+
+class TrainSection(Section):
+    """The size of a step."""
+
+    global_batch_size: Count
+    """Conversations in an optimizer step."""
+    micro_batch_size: Count
+    """Conversations in a padded micro-batch (data.packing.enabled=false)."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """Gradients are clipped to this global L2 norm."""
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov and Hutter, 2019); no decay on norms and biases."""
+
+    name: Literal["adamw"]
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction]
+    """Decay rates of the first and second moments."""
+    eps: Annotated[float, Field(gt=0)]
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """Decoupled weight decay, on matrices only."""
+
+
+class SchedulerSection(Section):
+    """Learning rate as a function of the step."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"]
+    """Shape after the warm-up; wsd: constant, then a linear decay over the last decay_steps."""
+    warmup_steps: NonNegative | None
+    """Steps of linear warm-up; exclusive with warmup_ratio."""
+    warmup_ratio: Fraction | None
+    """Warm-up as a share of all steps."""
+    decay_steps: Count | None
+    """Length of wsd's decay; null: a tenth of all steps."""
+    min_lr: Annotated[float, Field(ge=0)]
+    """Learning rate at the end of the decay."""
+
+
+class BackendSection(Section):
+    """What computes the step."""
+
+    name: Literal["torch"]
+    """torch: a transformers model in this process."""
+
+
+class ClusterSection(Section):
+    """Where the run's processes are."""
+
+    name: Literal["local"]
+    """local: this process, one device."""
+
+
+class CheckpointSection(Section):
+    """What is saved and kept."""
+
+    period: NonNegative
+    """Steps between checkpoints; 0: one at the end only."""
+    keep_last: Count
+    """Newest checkpoints kept."""
+    keep_best: NonNegative
+    """Best checkpoints by metric kept beside them."""
+    metric: str = Field(min_length=1)
+    """Metric that ranks checkpoints."""
+    mode: Literal["min", "max"]
+    """Whether a lower or a higher metric is better."""
+
+
+class LoggerSection(Section):
+    """Where metrics go; metrics.jsonl is always written."""
+
+    backends: list[Literal["console"]]
+    """Loggers beside metrics.jsonl."""
+
+
+class RunConfig(Section):
+    """A complete recipe."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    algorithm: AlgorithmSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    scheduler: SchedulerSection
+    backend: BackendSection
+    cluster: ClusterSection
+    checkpoint: CheckpointSection
+    logger: LoggerSection
+
+
+def max_tokens_per_micro_batch(data: DataSection) -> int:
+    """Return the capacity of a packed micro-batch in tokens."""
+    return data.packing.max_tokens or max(4096, data.max_length)

@@ -1,0 +1,1 @@
+"""Data: from rows to the micro-batches of a step."""

@@ -1,0 +1,71 @@
+"""From samples to the tensors of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.types import MicroBatch, Sample, Targets
+
+
+def trained_positions(sample: Sample) -> NDArray[np.int64]:
+    """Return the positions of the trained tokens; the first token of a document is never predicted."""
+    ranges = [np.arange(max(a, 1), b) for a, b in sample.trained.tolist()]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+
+def collate_packed(samples: Sequence[Sample]) -> MicroBatch:
+    """Concatenate samples into one row without padding."""
+    lengths = [len(s.input_ids) for s in samples]
+    edges = np.cumsum([0, *lengths])
+    return _micro_batch(
+        samples,
+        starts=edges[:-1],
+        input_ids=np.concatenate([s.input_ids for s in samples])[None],
+        position_ids=np.concatenate([np.arange(n) for n in lengths])[None],
+        cu_seqlens=edges.tolist(),
+    )
+
+
+def collate_padded(samples: Sequence[Sample]) -> MicroBatch:
+    """Put each sample into a row of its own, padded on the right to the longest."""
+    longest = max(len(s.input_ids) for s in samples)
+    input_ids = np.zeros((len(samples), longest), np.int64)
+    mask = np.zeros((len(samples), longest), np.int64)
+    for row, sample in enumerate(samples):
+        input_ids[row, : len(sample.input_ids)] = sample.input_ids
+        mask[row, : len(sample.input_ids)] = 1
+    return _micro_batch(
+        samples,
+        starts=np.arange(len(samples)) * longest,
+        input_ids=input_ids,
+        position_ids=np.broadcast_to(np.arange(longest), input_ids.shape),
+        attention_mask=mask,
+    )
+
+
+def _micro_batch(
+    samples: Sequence[Sample],
+    starts: NDArray[np.int64],
+    input_ids: NDArray[np.integer],
+    position_ids: NDArray[np.int64],
+    cu_seqlens: list[int] | None = None,
+    attention_mask: NDArray[np.int64] | None = None,
+) -> MicroBatch:
+    """Build the tensors; ``starts`` is where each sample begins in the flattened ``input_ids``."""
+    positions = [trained_positions(s) for s in samples]
+    labels = np.concatenate([s.input_ids[p] for s, p in zip(samples, positions, strict=True)])
+    index = np.concatenate([start + p - 1 for start, p in zip(starts, positions, strict=True)])
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+        position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
+        cu_seqlens=cu_seqlens,
+        attention_mask=None if attention_mask is None else torch.from_numpy(attention_mask),
+        index_N=torch.from_numpy(index.astype(np.int64)),
+        labels_N=torch.from_numpy(labels.astype(np.int64)),
+        targets=Targets(bounds=np.cumsum([0, *map(len, positions)]).tolist()),
+        num_tokens=sum(len(s.input_ids) for s in samples),
+    )

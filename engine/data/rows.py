@@ -1,0 +1,137 @@
+"""Rows of a source, one at a time, each with the place it came from: file and line, for the sentence that may follow."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.config.checks import BUILTIN, looks_local
+from engine.data import tasks
+from engine.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+BUILTIN_ROWS = {"tasks/train": 50_000, "tasks/heldout": 240}
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz"}
+
+
+def read(path: str, split: str, revision: str | None = None) -> Iterator[Row]:
+    """Yield (place, row) of a local JSON or JSONL file, a built-in set, or a hub data set through ``datasets``.
+
+    Args:
+        path: ``data.train_path`` or ``data.val_path``.
+        split: Split of a hub data set or of a folder in the hub's layout.
+        revision: Revision of a hub data set.
+
+    Raises:
+        UserError: For a file that is empty or not JSON, naming the line.
+    """
+    if path.startswith(BUILTIN):
+        yield from _builtin(path)
+    elif looks_local(path) and Path(path).expanduser().is_file() and Path(path).suffix in JSON_SUFFIXES:
+        yield from _json_file(Path(path).expanduser())
+    else:
+        yield from _datasets(path, split, revision)
+
+
+def fingerprint(path: str, split: str) -> str:
+    """Return a hash of a source's content (a local file, folder or built-in set) or of its name (a hub data set)."""
+    digest = hashlib.sha256()
+    if path.startswith(BUILTIN):
+        for place, row in _builtin(path):
+            digest.update(f"{place}{json.dumps(row)}".encode())
+    elif looks_local(path):
+        root = Path(path).expanduser()
+        for file in sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]:
+            with file.open("rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(split.encode() if root.is_dir() else b"")
+    else:
+        digest.update(f"{path}@{split}@{_hub_revision(path)}".encode())
+    return digest.hexdigest()
+
+
+def _builtin(path: str) -> Iterator[Row]:
+    name = path.removeprefix(BUILTIN)
+    if name not in BUILTIN_ROWS:
+        raise UserError(f"data: {path} is no built-in set; there is {', '.join(BUILTIN + n for n in BUILTIN_ROWS)}.")
+    for i, row in enumerate(tasks.generate(name.split("/")[1], BUILTIN_ROWS[name])):
+        yield f"{path} row {i + 1}", row
+
+
+def _json_file(file: Path) -> Iterator[Row]:
+    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+    try:
+        with opened as stream:
+            head = ""
+            while not head.strip() and (char := stream.read(1)):
+                head = char
+            stream.seek(0)
+            if not head.strip():
+                raise UserError(f"{file}: the file has no rows.")
+            yield from _array(file, stream.read()) if head == "[" else _lines(file, stream)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8."
+        ) from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{file}: not a whole gzip file ({error}).") from error
+
+
+def _lines(file: Path, stream: Any) -> Iterator[Row]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file} line {number}: not JSON ({error}); each line holds one JSON object.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file} line {number}: a row must be a JSON object, got {line.strip():.60}.")
+        yield f"{file} line {number}", row
+
+
+def _array(file: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{file}: not JSON ({error}); the file holds an array of objects, or one object a line."
+        ) from error
+    if not rows:
+        raise UserError(f"{file}: the array has no rows.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{file} row {number}: a row must be a JSON object, got {json.dumps(row):.60}.")
+        yield f"{file} row {number}", row
+
+
+def _datasets(path: str, split: str, revision: str | None) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:  # datasets raises a dozen unrelated types here; each ends the run with its own sentence
+        raise UserError(f"data: {path} (split {split}) cannot be loaded: {' '.join(str(error).split())}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path} split {split} row {number}", row
+
+
+def _hub_revision(path: str) -> str:
+    """Return the commit of a hub data set, or its newest cached one when the hub is out of reach."""
+    from huggingface_hub import HfApi, scan_cache_dir
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().dataset_info(path).sha)
+    except (HfHubHTTPError, OSError):
+        cached = [r for r in scan_cache_dir().repos if r.repo_id == path and r.repo_type == "dataset"]
+        commits = sorted(((v.last_modified, v.commit_hash) for r in cached for v in r.revisions), reverse=True)
+        if not commits:
+            raise UserError(
+                f"data: {path} is neither a file here nor a data set that the hub or its cache has; check the name or the network."
+            ) from None
+        return str(commits[0][1])

@@ -1,0 +1,1 @@
+"""Executors: where the ranks of a run are."""

@@ -1,0 +1,95 @@
+"""``python -m engine.generate --model DIR [--prompt TEXT]``: talk to a model; without a prompt, line by line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EXIT_DONE, RunError, UserError
+
+
+def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]], *, max_new_tokens: int) -> list[str]:
+    """Answer conversations by greedy decoding, together in one batch.
+
+    Args:
+        lm: A transformers causal language model; left as it was.
+        tokenizer: Its tokenizer, with a chat template.
+        conversations: Messages up to the assistant's turn.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        The text of each answer, without special tokens.
+    """
+    import torch
+
+    was_training, attention = lm.training, lm.config._attn_implementation
+    lm.eval()
+    lm.set_attn_implementation("sdpa")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(lm.device)
+    try:
+        with torch.no_grad():
+            out = lm.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+    finally:
+        lm.set_attn_implementation(attention)
+        lm.train(was_training)
+    answers: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def load(path: str) -> tuple[Any, Any]:
+    """Return the model and tokenizer of a folder or hub id.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not (Path(path) / "config.json").is_file() and (path.startswith(("/", ".")) or path.count("/") != 1):
+        hint = f"; {path}/hf does" if (Path(path) / "hf").is_dir() else ""
+        raise UserError(f"--model {path}: holds no config.json{hint}.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m engine.generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="a folder such as RUN_DIR/hf, or a hub id")
+    parser.add_argument("--prompt", help="one question; without it, questions are read line by line")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
+    options = parser.parse_args(argv)
+    try:
+        lm, tokenizer = load(options.model)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+    def ask(prompt: str) -> str:
+        return answer(lm, tokenizer, [[{"role": "user", "content": prompt}]], max_new_tokens=options.max_new_tokens)[0]
+
+    if options.prompt is not None:
+        print(ask(options.prompt))
+        return EXIT_DONE
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return EXIT_DONE
+        if prompt.strip():
+            print(ask(prompt))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

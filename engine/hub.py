@@ -1,0 +1,54 @@
+"""Model and tokenizer folders: built-in, local, or a snapshot of a hub repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config.checks import local_model_folder
+from engine.errors import UserError
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+    "tokenizer.model",
+]
+CONFIG_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+
+
+def folder(path: str, revision: str | None, *, weights: bool) -> Path:
+    """Return a local folder for a model path, downloading what is missing of a hub repository.
+
+    Args:
+        path: Folder, hub id or ``builtin:NAME``.
+        revision: Branch, tag or commit of a hub id.
+        weights: Whether ``*.safetensors`` are needed too.
+
+    Raises:
+        UserError: If the hub does not have it, or cannot be reached and has left nothing in the cache.
+    """
+    local = local_model_folder(path)
+    if local is not None:
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = CONFIG_FILES + (["*.safetensors", "*.safetensors.index.json"] if weights else [])
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision={revision}: {path} has no such revision.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{path}: no such repository on the hub, or it is gated; log in with `hf auth login`."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{path}: neither a folder here nor in the hub's cache, and the hub does not answer; check the name or the network."
+        ) from error

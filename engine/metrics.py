@@ -1,0 +1,112 @@
+"""Where figures and lines go: metrics.jsonl, log.txt, and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.config.schema import LoggerSection
+
+
+class Logger(Protocol):
+    """Takes one step's figures."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the figures of a step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end."""
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line."""
+
+    def __init__(self, file: Path) -> None:
+        self._stream = file.open("a", buffering=1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line; what is not finite becomes null, as JSON wants."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._stream.write(json.dumps({"step": step, **row}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+class Console:
+    """A progress bar on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, log: Path, *, enabled: bool = True) -> None:
+        from rich.console import Console as RichConsole
+
+        self._log = log.open("a", buffering=1)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=not enabled)
+        self._progress: Any = None
+        self._last_line = 0.0
+        self._total_steps = 0
+
+    def say(self, text: str) -> None:
+        """Write a line, above the bar."""
+        self._log.write(text + "\n")
+        self._rich.print(text, markup=False)
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Show the bar."""
+        self._total_steps = total_steps
+        if not self._rich.is_terminal or self._rich.quiet:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            console=self._rich, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total_steps, completed=step, figures="")
+        self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step's figures."""
+        if "train/loss" in metrics:
+            rate = metrics.get("perf/tokens_per_second", 0.0)
+            figures = f"loss {metrics['train/loss']:.4f}  {rate:,.0f} tokens/s"
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step, figures=figures)
+            now = time.monotonic()
+            if now - self._last_line >= 10.0 or step == self._total_steps:
+                self._last_line = now
+                left = (self._total_steps - step) * metrics.get("perf/step_s", 0.0)
+                line = (
+                    f"step {step}/{self._total_steps}  {figures}  lr {metrics['train/lr']:.2e}  {_duration(left)} left"
+                )
+                self._log.write(line + "\n")
+                if self._progress is None:
+                    self._rich.print(line, markup=False)
+        shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
+        if shown:
+            self.say(f"step {step}/{self._total_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+
+    def close(self) -> None:
+        """Take the bar away and close log.txt."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._log.close()
+
+
+def build(section: LoggerSection, run_dir: Path) -> tuple[Console, list[Logger]]:
+    """Return the console, which takes lines as well, and all loggers."""
+    console = Console(run_dir / "log.txt", enabled="console" in section.backends)
+    return console, [JsonLines(run_dir / "metrics.jsonl"), console]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

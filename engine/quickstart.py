@@ -1,0 +1,62 @@
+"""The quickstart's callback: the same held-out questions before and after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config.checks import BUILTIN
+from engine.data import rows
+from engine.generate import answer
+from engine.types import Callback, Control
+
+SHOWN = 8
+MAX_NEW_TOKENS = 32
+
+
+class BeforeAndAfter(Callback):
+    """Answers the held-out prompts by greedy generation before and after training, and shows what changed."""
+
+    def __init__(self) -> None:
+        self.rows = [row for _, row in rows.read(f"{BUILTIN}tasks/heldout", "train")]
+        self.before: list[str] | None = None
+
+    def on_train_begin(self, control: Control) -> None:
+        """Answer before the first step; a resumed run has no answers from before."""
+        if control.step == 0:
+            self.before = self._answers(control)
+            control.say(
+                f"exact match on {len(self.rows)} held-out prompts before training: {self._score(self.before):.1%}"
+            )
+
+    def on_train_end(self, control: Control) -> None:
+        """Answer again, and show a few prompts with both answers and what to try next."""
+        after = self._answers(control)
+        before = self.before or [""] * len(after)
+        control.say("\nheld-out prompt → before | after | right answer")
+        for i in range(0, len(self.rows), max(1, len(self.rows) // SHOWN)):
+            question, right = (m["content"] for m in self.rows[i]["messages"])
+            control.say(f"  {question} → {_short(before[i])} | {_short(after[i])} | {right}")
+        was = f"{self._score(before):.1%} → " if self.before else ""
+        control.say(f"\nexact match on {len(self.rows)} held-out prompts: {was}{self._score(after):.1%}")
+        hf = control.run_dir / "hf"
+        control.say(
+            f"weights: {hf}\n"
+            "next:\n"
+            f'  python -m engine.generate --model {hf} --prompt "Spell backwards: planet"\n'
+            "  python -m engine data=messages data.train_path=YOURS.jsonl model.path=FOLDER_OR_HUB_ID   # your data, your model\n"
+            "  python -m engine --help                                                     # every key"
+        )
+
+    def _answers(self, control: Control) -> list[str]:
+        backend: Any = control.backend
+        questions = [row["messages"][:-1] for row in self.rows]
+        return answer(backend.lm, backend.tokenizer(), questions, max_new_tokens=MAX_NEW_TOKENS)
+
+    def _score(self, answers: list[str]) -> float:
+        right = [row["messages"][-1]["content"] for row in self.rows]
+        return float(sum(a == b for a, b in zip(answers, right, strict=True))) / len(right)
+
+
+def _short(text: str) -> str:
+    shown = " ".join(text.split())
+    return repr(shown if len(shown) <= 24 else shown[:23] + "…")

@@ -1,0 +1,94 @@
+"""lock.json: what a run consumed, so that a later one can tell whether it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engine import hub
+from engine.config.schema import RunConfig
+from engine.data.cache import Samples
+
+PACKAGES = (
+    "anneal",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "hydra-core",
+    "triton",
+    "liger-kernel",
+)
+BLOCK = 1 << 20
+
+
+def receipt(config: RunConfig, samples: dict[str, Samples], device: str) -> dict[str, Any]:
+    """Return the fingerprints of data, weights, code, versions and hardware.
+
+    Args:
+        config: The recipe.
+        samples: Tokenised data by split; a fingerprint covers rows, tokenizer, template and settings.
+        device: Name of the device.
+    """
+    return {
+        "data": {split: s.fingerprint for split, s in samples.items()},
+        "weights": weights_fingerprint(config),
+        "code": _code(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {"machine": platform.machine(), "device": device, "cores": os.cpu_count()},
+        "samples": {split: vars(s.summary) for split, s in samples.items()},
+    }
+
+
+def weights_fingerprint(config: RunConfig) -> str:
+    """Return a cheap hash of the initial weights: config.json, and each file's size, header and sampled blocks.
+
+    Fresh weights are a function of the configuration and ``run.seed``.
+    """
+    folder = hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if config.model.init == "random":
+        digest.update(f"random {config.run.seed} {sorted(config.model.config_overrides.items())}".encode())
+        return digest.hexdigest()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for start in sorted({0, *(size * i // 16 for i in range(16)), max(0, size - BLOCK)}):
+                stream.seek(start)
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _code() -> dict[str, Any]:
+    """Return the commit the code is at, and a hash of its files."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for folder in (root, root.parent / "kernels"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(root.parent).as_posix().encode() + file.read_bytes())
+    commit = None
+    if (root.parent / ".git").exists():
+        done = subprocess.run(
+            ["git", "-C", str(root.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        commit = done.stdout.strip() or None
+    return {"commit": commit, "sha256": digest.hexdigest()}

@@ -1,0 +1,145 @@
+"""The folder of a run: one live run at a time, a recipe that repeats it, and whether it may be continued."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+
+RESUMABLE = ("algorithm.max_num_steps", "algorithm.max_num_epochs", "logger", "cluster", "checkpoint")
+"""Keys, and groups, that may differ between a run and its continuation."""
+
+
+class RunFolder:
+    """A locked run folder.
+
+    Args:
+        config: The recipe.
+        recipe: Its re-runnable text.
+
+    Raises:
+        UserError: If the folder is in use, not writable, or holds another recipe's run.
+    """
+
+    def __init__(self, config: RunConfig, recipe: str) -> None:
+        self.path = Path(config.run.dir).expanduser().absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(
+                f"run.dir={config.run.dir}: cannot be made or written ({error.strerror}); choose another folder."
+            ) from error
+        self._take_lock()
+        self.recipe = recipe
+        self._check_recipe(config)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """Folder of the final weights."""
+        return self.path / "hf"
+
+    def write_recipe(self, lock: dict[str, Any]) -> None:
+        """Write recipe.yaml and lock.json.
+
+        Raises:
+            UserError: If the run's data has changed since it began.
+        """
+        before = self._read_lock()
+        if before is not None:
+            for name in ("data", "weights"):
+                if before.get(name) != lock.get(name):
+                    raise UserError(
+                        f"run.dir={self.path}: the {name} changed since the run began (lock.json says {before.get(name)}, now it "
+                        f"is {lock.get(name)}); restore it, or start afresh in another run.dir."
+                    )
+        self._replace("recipe.yaml", self.recipe)
+        self._replace("lock.json", json.dumps(lock, indent=2, sort_keys=True) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that lie past a step, and a line that a crash left unfinished."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        self._replace("metrics.jsonl", "".join(kept))
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        self._lock.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise UserError(
+                f"run.dir={self.path}: in use by {owner}; wait for it, stop it, or choose another folder."
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def _check_recipe(self, config: RunConfig) -> None:
+        has_run = any(self.checkpoints.glob("step_*")) if self.checkpoints.is_dir() else False
+        if has_run and config.run.resume == "never":
+            raise UserError(f"run.dir={self.path}: holds a run already, and run.resume=never; choose another folder.")
+        file = self.path / "recipe.yaml"
+        if not has_run or not file.is_file():
+            return
+        differences = difference(yaml.safe_load(file.read_text()), yaml.safe_load(self.recipe))
+        if differences:
+            shown = "".join(f"\n  {key}: {old!r} → {new!r}" for key, old, new in differences)
+            raise UserError(
+                f"run.dir={self.path}: holds a run of another recipe; restore these keys to continue it, or choose another "
+                f"folder:{shown}"
+            )
+
+    def _read_lock(self) -> dict[str, Any] | None:
+        file = self.path / "lock.json"
+        if not self.checkpoints.is_dir() or not any(self.checkpoints.glob("step_*")) or not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    def _replace(self, name: str, text: str) -> None:
+        aside = self.path / f".{name}.tmp"
+        aside.write_text(text)
+        os.replace(aside, self.path / name)
+
+
+def difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (key, before, after) for each key that differs and may not, between a run and its continuation."""
+    found = []
+    for name in {**before, **after}:
+        key, old, new = f"{prefix}{name}", before.get(name), after.get(name)
+        if key in RESUMABLE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += difference(old, new, f"{key}.")
+        else:
+            found.append((key, old, new))
+    return found

@@ -1,0 +1,275 @@
+"""The loop: one, for every objective and backend."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from engine.checkpoint import Checkpoints, TrainState
+from engine.config.schema import RunConfig
+from engine.data.loader import Loader
+from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from engine.metrics import Console, Logger
+from engine.run_folder import RunFolder
+from engine.schedule import learning_rate
+from engine.types import Backend, Callback, Control, MicroBatch, Objective, StepMetrics
+
+MOST_SKIPPED = 5
+"""Steps in a row that may be lost to a loss or norm that is not finite."""
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step; a second SIGINT interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A step whose figures are still on the device; they are read once the next step is under way."""
+
+    step: int
+    result: StepMetrics
+    figures: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything the loop needs, already built."""
+
+    config: RunConfig
+    backend: Backend
+    objective: Objective
+    train: Loader
+    val: Loader | None
+    folder: RunFolder
+    checkpoints: Checkpoints
+    console: Console
+    loggers: Sequence[Logger]
+    callbacks: Sequence[Callback]
+    state: TrainState
+
+    def __post_init__(self) -> None:
+        self.state.total_steps = total_steps(self.config, self.train)
+        self.control = Control(
+            config=self.config,
+            run_dir=self.folder.path,
+            backend=self.backend,
+            step=self.state.step,
+            total_steps=self.state.total_steps,
+            epoch=int(self.state.epoch),
+            say=self.console.say,
+        )
+        self._pending: Pending | None = None
+        self._since_save: dict[str, float] = {}
+
+    def run(self) -> int:
+        """Train to the end, or until a signal or a callback asks to stop.
+
+        Returns:
+            The exit code: 0, or 75 if a signal stopped the run with its checkpoint saved.
+
+        Raises:
+            RunError: If losses stay non-finite, or the disk is full.
+        """
+        config, state = self.config, self.state
+        with StopRequest() as stop:
+            self._call("on_train_begin")
+            if state.step == 0 and config.algorithm.val_at_start:
+                self._evaluate()
+            self.console.start(state.step, state.total_steps)
+            while state.step < state.total_steps and not self.control.should_stop and stop.signal is None:
+                self._step()
+                last = state.step == state.total_steps or self.control.should_stop
+                if (
+                    self._due(config.algorithm.val_period)
+                    or self.control.should_evaluate
+                    or (last and config.algorithm.val_at_end)
+                ):
+                    self._evaluate()
+                if last or stop.signal or self._due(config.checkpoint.period) or self.control.should_save:
+                    self._save()
+            if stop.signal is not None and state.step < state.total_steps:
+                if state.step and self.checkpoints.newest() is None:
+                    self._save()
+                self.console.say(
+                    f"stopped by {stop.signal} after step {state.step} of {state.total_steps}, checkpoint saved; "
+                    f"the same command with run.dir={self.folder.path} goes on from there."
+                )
+                return EXIT_STOPPED
+        self._finish()
+        return EXIT_DONE
+
+    def _step(self) -> None:
+        """Do one optimizer step; read the figures of the step before."""
+        state, started = self.state, time.perf_counter()
+        per_epoch = self.train.plan.steps_per_epoch
+        if state.step % per_epoch == 0:
+            self._call("on_epoch_begin")
+        self._call("on_step_begin")
+        batches = self.train.step(state.step)
+        loaded = time.perf_counter()
+        units = sum(self.objective.units(b.targets) for b in batches)
+        lr = learning_rate(state.step + 1, state.total_steps, self.config.optimizer.lr, self.config.scheduler)
+        result = self.backend.train_step(batches, self.objective, units, lr)
+        self._advance(batches)
+        self._flush()
+        taken = time.perf_counter() - started
+        tokens, padded = sum(b.num_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
+        figures = {
+            "train/lr": lr,
+            "train/tokens": tokens,
+            "train/trained_tokens": sum(b.targets.num_tokens for b in batches),
+            "train/epoch": state.epoch,
+            "train/total_tokens": state.total_tokens,
+            "perf/step_s": taken,
+            "perf/tokens_per_second": tokens / taken,
+            "perf/tokens_per_second_per_device": tokens / taken,
+            "perf/padding_share": 1 - tokens / padded,
+            "perf/memory_gb": memory_gb(),
+            "timing/data_s": loaded - started,
+        }
+        self._pending = Pending(step=state.step, result=result, figures=figures)
+        self._call("on_step_end")
+        if state.step % per_epoch == 0:
+            self._call("on_epoch_end")
+
+    def _advance(self, batches: Sequence[MicroBatch]) -> None:
+        state, plan = self.state, self.train.plan
+        state.consumed_samples += len(plan.members(state.step))
+        state.step += 1
+        state.epoch = state.step / plan.steps_per_epoch
+        state.total_tokens += sum(b.num_tokens for b in batches)
+        state.total_valid_tokens += sum(b.targets.num_tokens for b in batches)
+        self.control.step, self.control.epoch = state.step, int((state.step - 1) // plan.steps_per_epoch)
+
+    def _flush(self) -> None:
+        """Read and log the figures that are pending."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        result = pending.result
+        metrics = {"train/loss": float(result.loss), **pending.figures}
+        metrics.update({f"train/{name}": float(value) for name, value in result.sums.items()})
+        assert result.grad_norm is not None and result.skipped is not None
+        metrics["train/grad_norm"] = float(result.grad_norm)
+        skipped = int(result.skipped)
+        if skipped:
+            metrics["train/skipped_steps"] = skipped
+            self.console.say(
+                f"step {pending.step}: loss or gradient norm is not finite; the update was skipped ({skipped} in a row)."
+            )
+        self._log(pending.step, metrics)
+        if skipped >= MOST_SKIPPED:
+            raise RunError(
+                f"step {pending.step}: loss or gradient norm was not finite {skipped} times in a row; lower optimizer.lr or "
+                "train.max_grad_norm, or look at the data of these steps, and go on from the last checkpoint."
+            )
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback.on_log(self.control, metrics)
+        self._since_save.update(metrics)
+        for logger in self.loggers:
+            logger.log(step, metrics)
+
+    def _evaluate(self) -> None:
+        self._flush()
+        self.control.should_evaluate = False
+        if self.val is None:
+            return
+        started = time.perf_counter()
+        metrics = evaluate(self.backend, self.objective, self.val, self.config.algorithm.val_batches)
+        metrics["timing/validation_s"] = time.perf_counter() - started
+        self._log(self.state.step, metrics)
+        for callback in self.callbacks:
+            callback.on_evaluate(self.control, metrics)
+
+    def _save(self) -> None:
+        self._flush()
+        self.control.should_save = False
+        self.state.val_loss = self._since_save.get("validation/loss")
+        self.state.metric = self._since_save.get(self.config.checkpoint.metric)
+        started = time.perf_counter()
+        checkpoint = self.checkpoints.save(self.state, self.backend)
+        self._since_save = {"timing/checkpoint_s": time.perf_counter() - started}
+        for callback in self.callbacks:
+            callback.on_save(self.control, checkpoint)
+
+    def _finish(self) -> None:
+        self._flush()
+        self.backend.export(self.folder.hf)
+        self.console.say(
+            f"done: {self.state.step} steps, {self.state.total_tokens:,} tokens; weights in {self.folder.hf}"
+        )
+        self._call("on_train_end")
+
+    def _due(self, period: int) -> bool:
+        return bool(period) and self.state.step % period == 0
+
+    def _call(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.control)
+
+
+def total_steps(config: RunConfig, train: Loader) -> int:
+    """Return how many steps the run does: the steps or the epochs, whichever come first."""
+    limits = []
+    if config.algorithm.max_num_steps is not None:
+        limits.append(config.algorithm.max_num_steps)
+    if config.algorithm.max_num_epochs is not None:
+        limits.append(math.floor(config.algorithm.max_num_epochs * train.plan.steps_per_epoch))
+    return min(limits)
+
+
+def evaluate(backend: Backend, objective: Objective, val: Loader, val_batches: int) -> dict[str, float]:
+    """Return the validation metrics over all batches, or the first ``val_batches``."""
+    steps = range(min(val_batches or val.plan.steps_per_epoch, val.plan.steps_per_epoch))
+
+    def batches() -> Iterator[MicroBatch]:
+        for step in steps:
+            yield from val.step(step)
+
+    units = total_units(objective, batches())
+    result = backend.evaluate(batches(), objective, units)
+    sums = {f"validation/{name}": float(value) for name, value in result.sums.items()}
+    return {"validation/loss": float(result.loss), **sums}
+
+
+def total_units(objective: Objective, batches: Iterable[MicroBatch]) -> float:
+    """Return the count that normalises a loss over these micro-batches."""
+    return sum(objective.units(b.targets) for b in batches)
+
+
+def memory_gb() -> float:
+    """Return the peak memory of the device in GB; of this process on CPUs."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

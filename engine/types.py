@@ -1,0 +1,218 @@
+"""The seams: what the loop, objectives, backends and callbacks agree on.
+
+Shape suffixes: T tokens of a micro-batch, N trained tokens, S sequences of a micro-batch (documents; two a pair in DPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from engine.config.schema import RunConfig
+
+
+class Sample(NamedTuple):
+    """A tokenised conversation."""
+
+    input_ids: NDArray[np.int32]
+    """Token ids [T]."""
+    trained: NDArray[np.int32]
+    """Ranges of trained tokens, [start, stop) pairs in order, [R, 2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The trained tokens of some whole sequences: all that an objective sees beside their log-probabilities."""
+
+    bounds: Sequence[int]
+    """Sequence s owns the tokens bounds[s]:bounds[s + 1] of N; length S + 1."""
+    weights_N: torch.Tensor | None = None
+    """Loss weight of each token, float32; None: all one."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of trained tokens, N."""
+        return self.bounds[-1] - self.bounds[0]
+
+    def narrow(self, start: int, stop: int) -> Targets:
+        """Return the targets start:stop of N; bounds are cut there and begin at zero."""
+        inner = [b for b in self.bounds if start < b < stop]
+        weights = None if self.weights_N is None else self.weights_N[start:stop]
+        return replace(self, bounds=[b - start for b in (start, *inner, stop)], weights_N=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Samples that go through the model together, packed into one row or padded into several."""
+
+    input_ids: torch.Tensor
+    """Token ids, int64: [1, T] packed, [S, longest] padded."""
+    position_ids: torch.Tensor
+    """Position of each token in its own document, shaped like input_ids."""
+    cu_seqlens: Sequence[int] | None
+    """Packed: document d is tokens cu_seqlens[d]:cu_seqlens[d + 1] of T. None: padded."""
+    attention_mask: torch.Tensor | None
+    """Padded: 1 where a token is real, shaped like input_ids. None: packed."""
+    index_N: torch.Tensor
+    """Flat position in input_ids from which each trained token is predicted, int64."""
+    labels_N: torch.Tensor
+    """The trained tokens, int64."""
+    targets: Targets
+    """Their grouping into sequences, and weights."""
+    num_tokens: int
+    """Tokens that are not padding."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch with its tensors on ``device``."""
+
+        def move(x: torch.Tensor | None) -> Any:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            attention_mask=move(self.attention_mask),
+            index_N=move(self.index_N),
+            labels_N=move(self.labels_N),
+            targets=replace(self.targets, weights_N=move(self.targets.weights_N)),
+        )
+
+
+class Objective(Protocol):
+    """A loss as a function of the log-probabilities of the trained tokens."""
+
+    sequences_per_group: int
+    """Sequences that must be seen together: 0 for none (any run of tokens), 2 for a pair."""
+
+    def units(self, targets: Targets) -> float:
+        """Return this micro-batch's share of the count that normalises the loss of a global batch."""
+        ...
+
+    def loss(self, logprobs_N: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the sum of the loss over whole groups and sums to report beside it.
+
+        Args:
+            logprobs_N: Log-probabilities of the targets, float32.
+            targets: The targets they belong to.
+
+        Returns:
+            A scalar sum, never a mean, and named scalar sums; the backend divides both by the global batch's units.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What a step or an evaluation measured, on the device until it is read."""
+
+    loss: torch.Tensor
+    """Loss of the global batch: the sum over micro-batches divided by its units; float32 scalar."""
+    sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The objective's other metrics, divided by the units."""
+    grad_norm: torch.Tensor | None = None
+    """Global L2 norm of the gradient before clipping; float32 scalar."""
+    skipped: torch.Tensor | None = None
+    """Number of steps in a row, this one included, that were not applied because loss or norm was not finite."""
+
+
+class Backend(Protocol):
+    """Owns the model and the optimizer; knows nothing of data sources, schedules or files of a run."""
+
+    device: torch.device
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
+    ) -> StepMetrics:
+        """Do forward, backward, clipping and update for one global batch."""
+        ...
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective, global_units: float) -> StepMetrics:
+        """Compute the loss of a global batch without gradients."""
+        ...
+
+    def probe(self, samples: Sequence[Sample]) -> None:
+        """Check on this model that packing and the fused loss equal its own logits; raises RunError if not."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and random state."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote."""
+        ...
+
+    def checkpoint_bytes(self) -> int:
+        """Return the size of one checkpoint in bytes."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the weights and configuration as transformers loads them."""
+        ...
+
+
+@dataclass
+class Control:
+    """What callbacks may ask of the loop, and what they may see of it."""
+
+    config: RunConfig
+    run_dir: Path
+    backend: Backend
+    step: int = 0
+    total_steps: int = 0
+    epoch: int = 0
+    should_save: bool = False
+    """Ask for a checkpoint after this step."""
+    should_evaluate: bool = False
+    """Ask for a validation after this step."""
+    should_stop: bool = False
+    """Ask the run to end after this step, as if it were the last."""
+    say: Callable[[str], None] = print
+    """Write a line to the console and log.txt."""
+
+
+class Callback:
+    """Base class of callbacks: override what is needed; every method gets the control."""
+
+    def on_train_begin(self, control: Control) -> None:
+        """Before the first step (of this process)."""
+
+    def on_train_end(self, control: Control) -> None:
+        """After the last step, once the final weights are written."""
+
+    def on_epoch_begin(self, control: Control) -> None:
+        """Before the first step of an epoch."""
+
+    def on_epoch_end(self, control: Control) -> None:
+        """After the last step of an epoch."""
+
+    def on_step_begin(self, control: Control) -> None:
+        """Before a step."""
+
+    def on_step_end(self, control: Control) -> None:
+        """After a step; may set the control's requests."""
+
+    def on_evaluate(self, control: Control, metrics: Mapping[str, float]) -> None:
+        """After a validation."""
+
+    def on_save(self, control: Control, checkpoint: Path) -> None:
+        """After a checkpoint is in place."""
+
+    def on_log(self, control: Control, metrics: dict[str, float]) -> None:
+        """Before a line of metrics is written; may add to it."""
+
+
+class Executor(Protocol):
+    """Runs the whole SPMD program of a rank wherever the ranks are."""
+
+    def run(self, worker_main: Callable[[RunConfig, str, str], int], config: RunConfig, recipe: str) -> int:
+        """Run ``worker_main`` on every rank and return the run's exit code."""
+        ...

@@ -1,0 +1,1 @@
+"""Launchers: runs that are submitted to a scheduler."""
