@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from engine.errors import RunError, UserError
 from engine.types import Backend
 
 PARTIAL = ".partial-"
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 
 
 @dataclass(kw_only=True)
@@ -59,21 +63,11 @@ class Checkpoints:
             RunError: If the disk is full; earlier checkpoints are untouched.
         """
         target = self.folder / f"step_{state.step:08d}"
-        aside = self.folder / f"{PARTIAL}{target.name}"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            backend.save(aside)
-            (aside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-            for file in aside.iterdir():
-                _sync(file)
-            _sync(aside)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(aside, target)
-            _sync(self.folder)
+            with written_aside(target) as aside:
+                backend.save(aside)
+                (aside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
             if is_disk_full(error):
                 newest, size = self.newest(), backend.checkpoint_bytes() / 2**30
                 raise RunError(
@@ -118,6 +112,31 @@ class Checkpoints:
                 aside = checkpoint.with_name(f"{PARTIAL}old-{checkpoint.name}")
                 os.rename(checkpoint, aside)
                 shutil.rmtree(aside)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yield a folder to write into; when the block ends it is on disk, readable as others' files are, and has its name.
+
+    A crash at any point leaves either what was there before or the whole new folder.
+    """
+    aside, old = (target.with_name(f"{PARTIAL}{kind}{target.name}") for kind in ("", "old-"))
+    for folder in (aside, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.iterdir():
+            file.chmod(0o666 & ~UMASK)  # safetensors makes its files private
+            _sync(file)
+        _sync(aside)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(aside, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(checkpoint: Path) -> TrainState:

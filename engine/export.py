@@ -41,7 +41,8 @@ def export(source: Path, out: Path) -> Path:
     fields["model"].update(init="random")
     backend = TorchBackend(RunConfig.model_validate(fields), torch.device("cpu"))
     backend.load(found)
-    backend.export(out)
+    with checkpoint.written_aside(out) as aside:
+        backend.export(aside)
     return found
 
 

@@ -4,44 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EXIT_DONE, RunError, UserError
-
-
-def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]], *, max_new_tokens: int) -> list[str]:
-    """Answer conversations by greedy decoding, together in one batch.
-
-    Args:
-        lm: A transformers causal language model; left as it was.
-        tokenizer: Its tokenizer, with a chat template.
-        conversations: Messages up to the assistant's turn.
-        max_new_tokens: Longest answer in tokens.
-
-    Returns:
-        The text of each answer, without special tokens.
-    """
-    import torch
-
-    was_training, attention = lm.training, lm.config._attn_implementation
-    lm.eval()
-    lm.set_attn_implementation("sdpa")
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(lm.device)
-    try:
-        with torch.no_grad():
-            out = lm.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-    finally:
-        lm.set_attn_implementation(attention)
-        lm.train(was_training)
-    answers: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
 
 
 def load(path: str) -> tuple[Any, Any]:
@@ -75,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+    from engine.backends.hf_model import answer
 
     def ask(prompt: str) -> str:
         return answer(lm, tokenizer, [[{"role": "user", "content": prompt}]], max_new_tokens=options.max_new_tokens)[0]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from engine.config.checks import BUILTIN
 from engine.data import rows
-from engine.generate import answer
 from engine.types import Callback, Control
 
 SHOWN = 8
@@ -48,9 +45,7 @@ class BeforeAndAfter(Callback):
         )
 
     def _answers(self, control: Control) -> list[str]:
-        backend: Any = control.backend
-        questions = [row["messages"][:-1] for row in self.rows]
-        return answer(backend.lm, backend.tokenizer(), questions, max_new_tokens=MAX_NEW_TOKENS)
+        return control.backend.generate([row["messages"][:-1] for row in self.rows], MAX_NEW_TOKENS)
 
     def _score(self, answers: list[str]) -> float:
         right = [row["messages"][-1]["content"] for row in self.rows]

@@ -39,9 +39,13 @@ class RunFolder:
             raise UserError(
                 f"run.dir={config.run.dir}: cannot be made or written ({error.strerror}); choose another folder."
             ) from error
-        self._take_lock()
         self.recipe = recipe
-        self._check_recipe(config)
+        try:
+            self._take_lock()
+            self._check_recipe(config)
+        except UserError:
+            self.release()
+            raise
 
     @property
     def checkpoints(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from engine.checkpoint import Checkpoints, TrainState
+from engine.checkpoint import Checkpoints, TrainState, written_aside
 from engine.config.schema import RunConfig
 from engine.data.loader import Loader
 from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError
@@ -221,7 +221,8 @@ class Trainer:
 
     def _finish(self) -> None:
         self._flush()
-        self.backend.export(self.folder.hf)
+        with written_aside(self.folder.hf) as aside:
+            self.backend.export(aside)
         self.console.say(
             f"done: {self.state.step} steps, {self.state.total_tokens:,} tokens; weights in {self.folder.hf}"
         )

@@ -158,6 +158,10 @@ class Backend(Protocol):
         """Write the weights and configuration as transformers loads them."""
         ...
 
+    def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        """Answer conversations (messages up to the assistant's turn) by greedy decoding."""
+        ...
+
 
 @dataclass
 class Control:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine import hub
@@ -56,7 +58,7 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, **options)
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
     lost = [str(k) for name in ("missing_keys", "mismatched_keys") for k in info.get(name, ())]
     if lost:
@@ -98,6 +100,37 @@ def load_tokenizer(section: ModelSection) -> Any:
     if text != "default":
         tokenizer.chat_template = text or "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
+
+
+def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]], *, max_new_tokens: int) -> list[str]:
+    """Answer conversations by greedy decoding, together in one batch.
+
+    Args:
+        lm: A transformers causal language model; left as it was.
+        tokenizer: Its tokenizer, with a chat template.
+        conversations: Messages up to the assistant's turn.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        The text of each answer, without special tokens.
+    """
+    was_training, attention = lm.training, lm.config._attn_implementation
+    lm.eval()
+    lm.set_attn_implementation("sdpa")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(lm.device)
+    try:
+        with torch.no_grad():
+            out = lm.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+    finally:
+        lm.set_attn_implementation(attention)
+        lm.train(was_training)
+    answers: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def named_parameters(model: Any) -> dict[str, Tensor]:

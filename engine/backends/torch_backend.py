@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -116,7 +117,8 @@ class TorchBackend:
         self.lm = hf_model.load(config.model, seed=config.run.seed, attention=attention.NAME).to(device)
         self._check_model()
         if config.model.recompute == "full":
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if config.model.compile:
             for layer in self.lm.get_decoder().layers:
                 layer.compile(dynamic=True)
@@ -234,7 +236,7 @@ class TorchBackend:
             weights = load_file(folder / "model.safetensors", str(self.device))
             moments = load_file(folder / "optimizer.safetensors", str(self.device))
             rng = load_file(folder / "rng.safetensors")
-        except (OSError, ValueError, RuntimeError) as error:  # safetensors reports damage as its own ValueError
+        except (OSError, SafetensorError) as error:
             raise RunError(f"{folder}: the checkpoint cannot be read ({error}); resume from another one.") from error
         own = {name: p.shape for name, p in self.weights.master.items()}
         if own != {name: w.shape for name, w in weights.items()}:
@@ -268,9 +270,10 @@ class TorchBackend:
             for name, p in self.weights.compute.items():
                 p.data = saved[name]
 
-    def tokenizer(self) -> Any:
-        """Return the model's tokenizer with the recipe's template, for callbacks that generate."""
-        return hf_model.load_tokenizer(self.config.model)
+    def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        """Answer conversations by greedy decoding."""
+        tokenizer = hf_model.load_tokenizer(self.config.model)
+        return hf_model.answer(self.lm, tokenizer, conversations, max_new_tokens=max_new_tokens)
 
     def _check_model(self) -> None:
         head = self.lm.get_output_embeddings()

@@ -61,7 +61,7 @@ def _micro_batch(
     index = np.concatenate([start + p - 1 for start, p in zip(starts, positions, strict=True)])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
-        position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
+        position_ids=torch.from_numpy(np.array(position_ids)),
         cu_seqlens=cu_seqlens,
         attention_mask=None if attention_mask is None else torch.from_numpy(attention_mask),
         index_N=torch.from_numpy(index.astype(np.int64)),

@@ -1,0 +1,232 @@
+"""Small tokenizers, chat templates and an oracle for "which characters does this token hold", independent of the engine."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = (
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<s>",
+    "</s>",
+)
+SENTENCES = (
+    "What is the capital of France? The capital of France is Paris.",
+    "Context: the sky is blue. Question: which colour is the sky? Answer: blue.",
+    "<think>\nThe user asks for a number, so the answer is forty-two.\n</think>\n\nThe answer is 42.",
+    "  Indented text,  with   spaces,\n\n\tand a tab at the end.  \n",
+    "user assistant system tool the the the answer answer answer",
+)
+
+CHATML = (
+    "{%- for m in messages -%}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+CHATML_GENERATION = (
+    "{%- for m in messages -%}"
+    "{{- '<|im_start|>' + m.role + '\n' -}}"
+    "{%- if m.role == 'assistant' -%}"
+    "{%- generation -%}{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}"
+    "{%- else -%}{{- m.content + '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+LLAMA3 = (
+    "{%- for m in messages -%}"
+    "{%- if loop.first -%}{{- '<|begin_of_text|>' -}}{%- endif -%}"
+    "{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"
+)
+MISTRAL = (
+    "{{- '<s>' -}}"
+    "{%- set ns = namespace(system='') -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'system' -%}{%- set ns.system = m.content + '\n\n' -%}"
+    "{%- elif m.role == 'user' -%}{{- '[INST] ' + ns.system + m.content + ' [/INST]' -}}{%- set ns.system = '' -%}"
+    "{%- elif loop.first -%}{{- raise_exception('the first turn must be the user\\'s') -}}"
+    "{%- else -%}{{- ' ' + m.content + '</s>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+STRIPS_REASONING = (
+    "{%- for m in messages -%}"
+    "{%- set content = m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content -%}"
+    "{{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+QWEN3 = (
+    "{%- for m in messages -%}"
+    "{%- set ns = namespace(content=m.content, reasoning='') -%}"
+    "{%- if m.role == 'assistant' and '</think>' in m.content -%}"
+    "{%- set ns.reasoning = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}"
+    "{%- set ns.content = m.content.split('</think>')[-1].lstrip('\n') -%}"
+    "{%- endif -%}"
+    "{{- '<|im_start|>' + m.role + '\n' -}}"
+    "{%- if m.role == 'assistant' and loop.last -%}"
+    "{{- '<think>\n' + ns.reasoning.strip('\n') + '\n</think>\n\n' + ns.content.lstrip('\n') -}}"
+    "{%- else -%}{{- ns.content -}}{%- endif -%}"
+    "{{- '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+PLAIN = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'system' -%}{{- 'Context: ' + m.content | trim + '\n' -}}"
+    "{%- elif m.role == 'user' -%}{{- 'Question: ' + m.content | trim + '\n' -}}"
+    "{%- else -%}{{- 'Answer: ' + m.content | trim + '\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Answer:' -}}{%- endif -%}"
+)
+TEMPLATES: dict[str, str] = {
+    "chatml_generation": CHATML_GENERATION,
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "strips_reasoning": STRIPS_REASONING,
+    "qwen3": QWEN3,
+    "plain": PLAIN,
+}
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|im_end|>")
+
+
+def byte_symbols() -> dict[int, str]:
+    """Return GPT-2's printable stand-in for each byte: printable Latin-1 as it is, the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def byte_plain() -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer without merges: a token is a byte or a special token."""
+    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(byte_symbols().values())}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _wrap(tokenizer)
+
+
+def _trained_bpe(split: str | None) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    parts = [pre_tokenizers.Split(Regex(split), "isolated"), level] if split else [level]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = sorted(byte_symbols().values())
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    return tokenizer
+
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE tokenizer with Llama-3's splits and offsets that leave out spaces."""
+    return _wrap(_trained_bpe(LLAMA3_SPLIT))
+
+
+def byte_bpe_unsplit() -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE tokenizer whose tokens run over words, lines and turns."""
+    return _wrap(_trained_bpe(None))
+
+
+def byte_bpe_nfc() -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE tokenizer that composes its text first (NFC), as Qwen's do."""
+    tokenizer = _trained_bpe(LLAMA3_SPLIT)
+    tokenizer.normalizer = normalizers.NFC()
+    return _wrap(tokenizer)
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Make a BPE tokenizer as Llama-2's: spaces as ``▁``, one put in front, unknown characters as bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = spaces
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    vocab = dict(state["vocab"])
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    merges = [tuple(m) for m in state["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = spaces
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    return _wrap(tokenizer)
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Make a Unigram tokenizer as T5's: words behind ``▁``, unknown characters as one token that says nothing."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    return _wrap(tokenizer)
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """Make a WordPiece tokenizer as BERT's: lower case, accents and white space lost."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    return _wrap(tokenizer)
+
+
+MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    maker.__name__: maker
+    for maker in (
+        byte_plain,
+        byte_bpe,
+        byte_bpe_unsplit,
+        byte_bpe_nfc,
+        sentencepiece,
+        metaspace,
+        wordpiece,
+    )
+}
+
+
+@cache
+def tokenizer_named(name: str) -> PreTrainedTokenizerFast:
+    """Return one of the tokenizers, made once."""
+    return MAKERS[name]()
