@@ -41,11 +41,18 @@ class Targets:
         """Number of trained tokens, N."""
         return self.bounds[-1] - self.bounds[0]
 
-    def narrow(self, start: int, stop: int) -> Targets:
-        """Return the targets start:stop of N; bounds are cut there and begin at zero."""
-        inner = [b for b in self.bounds if start < b < stop]
-        weights = None if self.weights_N is None else self.weights_N[start:stop]
-        return replace(self, bounds=[b - start for b in (start, *inner, stop)], weights_N=weights)
+    def tokens(self, start: int, stop: int) -> Targets:
+        """Return the tokens start:stop of N, their sequences forgotten."""
+        return replace(self, bounds=[0, stop - start], weights_N=self._weights(start, stop))
+
+    def sequences(self, start: int, stop: int) -> Targets:
+        """Return the sequences start:stop of S."""
+        bounds = self.bounds[start : stop + 1]
+        weights = self._weights(bounds[0], bounds[-1])
+        return replace(self, bounds=[b - bounds[0] for b in bounds], weights_N=weights)
+
+    def _weights(self, start: int, stop: int) -> torch.Tensor | None:
+        return None if self.weights_N is None else self.weights_N[start:stop]
 
 
 @dataclass(frozen=True, kw_only=True)

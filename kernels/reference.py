@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 ObjectiveFn = Callable[[Tensor, int, int], tuple[Tensor, dict[str, Tensor]]]
-"""(logprobs_C, start, stop) → (scalar loss sum, scalar sums to report), for the tokens start:stop of N."""
+"""(logprobs_C, start, stop) → (scalar loss sum, scalar sums to report), for the groups start:stop; C is all of their tokens."""
 
 
 def rows_per_chunk(vocabulary: int, workspace_mb: float) -> int:
@@ -63,34 +63,40 @@ def linear_objective(
         weight_VH: Output matrix of the same dtype, [V, H].
         labels_N: Target ids, int64, [N].
         objective: Called with whole groups; its sums add up over calls.
-        group_bounds: Group g is the tokens group_bounds[g]:group_bounds[g + 1]; None: any run of tokens is a group.
+        group_bounds: Group g is the tokens group_bounds[g]:group_bounds[g + 1]; None: every token is one.
         workspace_mb: Size of a chunk's float32 logits, MiB.
 
     Returns:
         The loss sum, a float32 scalar with a gradient, and the reported sums, without.
     """
-    n, rows = hidden_NH.shape[0], rows_per_chunk(weight_VH.shape[0], workspace_mb)
-    edges = chunk_edges(n, rows, group_bounds)
+    bounds = range(hidden_NH.shape[0] + 1) if group_bounds is None else group_bounds
+    edges = chunk_edges(bounds, rows_per_chunk(weight_VH.shape[0], workspace_mb))
     if edges is None:
         logprobs_N = linear_logprobs(hidden_NH, weight_VH, labels_N, workspace_mb=workspace_mb)
-        loss, found = objective(logprobs_N, 0, n)
+        loss, found = objective(logprobs_N, 0, len(bounds) - 1)
         return loss, {name: value.detach() for name, value in found.items()}
     sums: dict[str, Tensor] = {}
-    loss = _LinearObjective.apply(hidden_NH, weight_VH, labels_N, edges, objective, sums)  # type: ignore[no-untyped-call]
+    chunks = [(bounds[a], bounds[b], a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    loss = _LinearObjective.apply(hidden_NH, weight_VH, labels_N, chunks, objective, sums)  # type: ignore[no-untyped-call]
     return loss, sums
 
 
-def chunk_edges(n: int, rows: int, group_bounds: Sequence[int] | None) -> list[int] | None:
-    """Return the edges of chunks of at most ``rows`` tokens that cut no group, or None if a group is longer than that."""
-    if group_bounds is None:
-        return [*range(0, n, rows), n]
+def chunk_edges(bounds: Sequence[int], rows: int) -> list[int] | None:
+    """Return the edges, as group indices, of chunks of at most ``rows`` tokens; None if a group is longer than that.
+
+    Args:
+        bounds: Group g is the tokens bounds[g]:bounds[g + 1].
+        rows: Most tokens in a chunk.
+    """
+    if isinstance(bounds, range):  # every token is a group
+        return [*range(0, len(bounds) - 1, rows), len(bounds) - 1]
     edges = [0]
-    for start, stop in zip(group_bounds, group_bounds[1:], strict=False):
+    for group, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if stop - start > rows:
             return None
-        if stop - edges[-1] > rows:
-            edges.append(start)
-    return [*edges, n] if n > edges[-1] else edges
+        if stop - bounds[edges[-1]] > rows:
+            edges.append(group)
+    return [*edges, len(bounds) - 1]
 
 
 def _softmax_parts(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +165,7 @@ class _LinearObjective(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         labels_N: Tensor,
-        edges: list[int],
+        chunks: list[tuple[int, int, int, int]],
         objective: ObjectiveFn,
         sums: dict[str, Tensor],
     ) -> Tensor:
@@ -167,11 +173,11 @@ class _LinearObjective(torch.autograd.Function):
         d_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else None
         d_weight_VH = torch.empty_like(weight_VH, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b, first_group, last_group in chunks:
             logprobs_C, e_CV, sum_C = _softmax_parts(hidden_NH[a:b], weight_VH, labels_N[a:b])
             with torch.enable_grad():
                 leaf_C = logprobs_C.detach().requires_grad_()
-                loss, found = objective(leaf_C, a, b)
+                loss, found = objective(leaf_C, first_group, last_group)
             for name, value in found.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
             total += loss.detach()
@@ -183,7 +189,7 @@ class _LinearObjective(torch.autograd.Function):
                 torch.mm(dz_CV, weight_VH, out=d_hidden_NH[a:b])
             if d_weight_VH is not None:
                 _add_weight_grad(d_weight_VH, dz_CV, hidden_NH[a:b], first=a == 0)
-        if d_weight_VH is not None and len(edges) < 2:
+        if d_weight_VH is not None and not chunks:
             d_weight_VH.zero_()
         ctx.grads = d_hidden_NH, d_weight_VH  # type: ignore[attr-defined]
         ctx.weight_dtype = weight_VH.dtype  # type: ignore[attr-defined]

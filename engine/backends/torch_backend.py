@@ -47,16 +47,18 @@ class Trainable(nn.Module):
     def forward(self, batch: MicroBatch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum of a micro-batch and the sums to report."""
 
-        def chunk(logprobs_C: Tensor, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective.loss(logprobs_C, batch.targets.narrow(start, stop))
+        size, targets = objective.sequences_per_group, batch.targets
 
-        size = objective.sequences_per_group
+        def chunk(logprobs_C: Tensor, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
+            part = targets.sequences(start * size, stop * size) if size else targets.tokens(start, stop)
+            return objective.loss(logprobs_C, part)
+
         return reference.linear_objective(
             self.hidden(batch),
             self.lm.get_output_embeddings().weight,
             batch.labels_N,
             chunk,
-            group_bounds=list(batch.targets.bounds)[::size] if size else None,
+            group_bounds=targets.bounds[::size] if size else None,
             workspace_mb=self.workspace_mb,
         )
 

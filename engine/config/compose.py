@@ -93,9 +93,11 @@ def compose(overrides: list[str]) -> Composed:
             OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
         except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
             problems.append(f"{override.input_line}: cannot set {key} ({_first_line(error)}).")
-    container = _resolve(cfg, problems)
+    container, unresolved = _resolve(cfg)
+    for reason in dict.fromkeys(unresolved.values()):  # what depends on a key fails for its reason
+        problems.append(f"{', '.join(k for k, r in unresolved.items() if r == reason)}: cannot be resolved ({reason}).")
     config, found = _validate(container, choices, values)
-    problems += [p for p in found if p.split(".", 1)[0] not in misspelt]
+    problems += [p for p in found if p.split(".", 1)[0] not in misspelt and p.split(" ", 1)[0] not in unresolved]
     if config is not None:
         problems += check(config)
     if config is None or problems:
@@ -198,7 +200,7 @@ def compose_groups(choices: dict[str, str]) -> DictConfig:
             if recipe is not None:
                 for group, choice in choices.items():
                     if group != "recipe":
-                        cfg = _merge_group(cfg, group, choice)
+                        _merge_group(cfg, group, choice)
     except (HydraException, OmegaConfBaseException) as error:
         where = f"recipe={recipe}" if recipe else " ".join(words) or "conf"
         raise UserError(f"{where}: cannot be composed ({_first_line(error)}).") from error
@@ -206,13 +208,13 @@ def compose_groups(choices: dict[str, str]) -> DictConfig:
     return cfg
 
 
-def _merge_group(cfg: DictConfig, group: str, choice: str) -> DictConfig:
+def _merge_group(cfg: DictConfig, group: str, choice: str) -> None:
     """Lay a group chosen on the command line over what the recipe set."""
     from hydra import compose as hydra_compose
 
     own = hydra_compose(f"{group}/{choice}")
     OmegaConf.set_struct(cfg, False)
-    return OmegaConf.merge(cfg, own)  # type: ignore[return-value]
+    OmegaConf.update(cfg, group, own[group], merge=True)
 
 
 def _load_recipe(file: Path) -> DictConfig:
@@ -235,8 +237,9 @@ def _load_lenient(file: Path) -> DictConfig:
         return OmegaConf.create({"broken recipe": str(error)})
 
 
-def _resolve(cfg: DictConfig, problems: list[str]) -> dict[str, Any]:
-    """Resolve every interpolation; a failure becomes a problem that names its key."""
+def _resolve(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Resolve every interpolation; returns the plain values, and the reason for each key that has none."""
+    unresolved: dict[str, str] = {}
 
     def walk(node: Any, path: str) -> Any:
         if OmegaConf.is_dict(node):
@@ -253,11 +256,10 @@ def _resolve(cfg: DictConfig, problems: list[str]) -> dict[str, Any]:
             try:
                 out[key] = walk(node[key], f"{dotted}.")
             except OmegaConfBaseException as error:
-                problems.append(f"{dotted}: cannot be resolved ({_first_line(error)}).")
+                unresolved[dotted] = _first_line(error)
         return out if OmegaConf.is_dict(node) else list(out.values())
 
-    result: dict[str, Any] = walk(cfg, "")
-    return result
+    return walk(cfg, ""), unresolved
 
 
 def _validate(
@@ -314,6 +316,8 @@ def _missing(key: str) -> str:
 def _sentence(item: Any) -> str:
     """Turn one of pydantic's findings into the end of a sentence."""
     message: str = item["msg"]
+    if item["type"] == "string_pattern_mismatch":
+        return "must be letters, digits, dots, dashes and underscores"
     if item["type"] == "literal_error":
         expected: str = item["ctx"]["expected"]
         words = [w.strip("' ") for w in expected.replace(" or ", ",").split(",")]
