@@ -59,7 +59,8 @@ def sweep(overrides: list[str]) -> int:
     for number, point in enumerate(points):
         folder = f"{root}/{number:03d}"
         words = [w for w in point if not w.startswith("run.dir=")]
-        print(f"{folder}: {' '.join(w for w in words if w not in overrides) or 'as given'}", flush=True)
+        varying = [w for w in words if any(w not in other for other in points)]
+        print(f"{folder}: {' '.join(varying)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "engine", *words, f"run.dir={folder}"], check=False).returncode
         if code == EXIT_STOPPED:
             return code

@@ -38,6 +38,7 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is refused below
     folder = hub.folder(model.path, model.revision, weights=model.init == "pretrained")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -57,10 +58,10 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
         if model.init == "random":
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, **options)
-        loaded, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
-    lost = [str(k) for name in ("missing_keys", "mismatched_keys") for k in info.get(name, ())]
+    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise UserError(
             f"model.path={model.path}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}…), and would be "
@@ -69,24 +70,20 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
     return loaded
 
 
-def write(model: Any, section: ModelSection, folder: Path, dtype: torch.dtype) -> None:
+def write(model: Any, weights: dict[str, Tensor], section: ModelSection, folder: Path, dtype: torch.dtype) -> None:
     """Write weights, configuration, tokenizer and template as ``from_pretrained`` loads them.
 
     Args:
-        model: The model, with float32 weights.
+        model: The model, its parameters of ``dtype``.
+        weights: What to write for them, by name, tied ones once.
         section: The recipe's model, for the tokenizer and the template.
         folder: Made if it is not there.
         dtype: Of the written floating-point weights.
     """
-    state = {
-        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()
-    }
-    kept = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
-    finally:
-        model.config.dtype = kept
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: b for name, b in model.state_dict().items() if name not in parameters}
+    state = {name: w.detach().to("cpu", dtype if w.is_floating_point() else w.dtype) for name, w in {**weights, **buffers}.items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     load_tokenizer(section).save_pretrained(folder)
 
 

@@ -263,14 +263,7 @@ class TorchBackend:
 
     def export(self, folder: Path) -> None:
         """Write the master weights, in the compute type, as a Hugging Face folder."""
-        saved = {name: p.data for name, p in self.weights.compute.items()}
-        try:
-            for name, p in self.weights.compute.items():
-                p.data = self.weights.master[name].data
-            hf_model.write(self.lm, self.config.model, folder, self.dtype)
-        finally:
-            for name, p in self.weights.compute.items():
-                p.data = saved[name]
+        hf_model.write(self.lm, self.weights.master, self.config.model, folder, self.dtype)
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         """Answer conversations by greedy decoding."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import pytest
 from tokenizers import (
     AddedToken,
     Regex,
@@ -89,7 +87,7 @@ QWEN3 = (
     "{%- set ns.content = m.content.split('</think>')[-1].lstrip('\n') -%}"
     "{%- endif -%}"
     "{{- '<|im_start|>' + m.role + '\n' -}}"
-    "{%- if m.role == 'assistant' and loop.last -%}"
+    "{%- if m.role == 'assistant' and loop.last and ns.reasoning -%}"
     "{{- '<think>\n' + ns.reasoning.strip('\n') + '\n</think>\n\n' + ns.content.lstrip('\n') -}}"
     "{%- else -%}{{- ns.content -}}{%- endif -%}"
     "{{- '<|im_end|>\n' -}}"
@@ -102,7 +100,7 @@ PLAIN = (
     "{%- elif m.role == 'user' -%}{{- 'Question: ' + m.content | trim + '\n' -}}"
     "{%- else -%}{{- 'Answer: ' + m.content | trim + '\n' -}}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Answer:' -}}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{- 'Answer: ' -}}{%- endif -%}"
 )
 TEMPLATES: dict[str, str] = {
     "chatml_generation": CHATML_GENERATION,
@@ -230,3 +228,124 @@ MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 def tokenizer_named(name: str) -> PreTrainedTokenizerFast:
     """Return one of the tokenizers, made once."""
     return MAKERS[name]()
+
+
+class Held(NamedTuple):
+    """The characters of a text that a token holds: start:stop.
+
+    exact: these and no others. chunk: some of these, which one cannot be said (a composed character). free: none for
+    certain (a space that the tokenizer put in front).
+    """
+
+    start: int
+    stop: int
+    kind: Literal["exact", "chunk", "free"] = "exact"
+
+
+def tokens_of(name: str, text: str) -> list[int]:
+    """Tokenise without the engine."""
+    ids: list[int] = tokenizer_named(name)(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def holders(name: str, text: str) -> list[Held]:
+    """Return what each token of a text holds, found without the engine."""
+    ids = tokens_of(name, text)
+    if name.startswith("byte"):
+        return _held_bytes(name, text, ids)
+    return _held_pieces(name, text, ids) if name == "sentencepiece" else _held_offsets(name, text, ids)
+
+
+def check_mask(name: str, text: str, spans: Sequence[tuple[int, int]], ids: Any, mask: Any) -> None:
+    """Assert that exactly the tokens that hold a character of a span are trained."""
+    assert ids.tolist() == tokens_of(name, text)
+    held = holders(name, text)
+    assert len(held) == len(mask)
+    for token, trained, (start, stop, kind) in zip(
+        tokenizer_named(name).convert_ids_to_tokens(ids.tolist()), mask.tolist(), held, strict=True
+    ):
+        touches = any(start < b and stop > a for a, b in spans)
+        inside = any(a <= start and stop <= b for a, b in spans) and start < stop
+        where = f"{name}: token {token!r} holds {text[start:stop]!r} at {start}:{stop}; spans {spans} of {text!r}"
+        assert not trained or touches, f"trained, but holds nothing of a span: {where}"
+        if kind == "exact":
+            assert trained or not touches, f"not trained, but holds some of a span: {where}"
+        elif kind == "chunk":
+            assert trained or not inside, f"not trained, but lies in a span: {where}"
+
+
+def _held_bytes(name: str, text: str, ids: list[int]) -> list[Held]:
+    """Count bytes: the tokens' bytes, joined, are the text's (composed first, where the tokenizer composes)."""
+    symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
+    composes = name.endswith("nfc")
+    joined, owner = b"", []
+    for start, stop, chunk in _chunks(text, composes):
+        joined += chunk.encode()
+        owner += [(start, stop)] * len(chunk.encode())
+    held, at, seen = [], 0, b""
+    for token in tokenizer_named(name).convert_ids_to_tokens(ids):
+        own = token.encode() if token in SPECIAL else bytes(symbols[c] for c in token)
+        seen += own
+        owners = owner[at : at + len(own)]
+        kind = "exact" if all(b - a == 1 for a, b in owners) else "chunk"
+        held.append(Held(owners[0][0], owners[-1][1], kind))  # type: ignore[arg-type]
+        at += len(own)
+    assert seen == joined
+    return held
+
+
+def _chunks(text: str, composes: bool) -> list[tuple[int, int, str]]:
+    """Cut a text where composing both sides apart changes nothing; returns start, stop and the composed chunk."""
+    out = []
+    at = 0
+    for segment in re.split("(" + "|".join(map(re.escape, sorted(SPECIAL, key=len, reverse=True))) + ")", text):
+        if segment in SPECIAL or not composes:
+            out += [(at + i, at + i + 1, c) for i, c in enumerate(segment)]
+        else:
+            compose = lambda s: unicodedata.normalize("NFC", s)  # noqa: E731
+            whole, n = compose(segment), len(segment)
+            cuts = [k for k in range(n + 1) if compose(segment[:k]) + compose(segment[k:]) == whole]
+            out += [(at + a, at + b, compose(segment[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+        at += len(segment)
+    return out
+
+
+def _held_pieces(name: str, text: str, ids: list[int]) -> list[Held]:
+    """Read the tokens' own strings along the text."""
+    held: list[Held] = []
+    at, pending, fresh = 0, b"", True
+    for token in tokenizer_named(name).convert_ids_to_tokens(ids):
+        start = at
+        if token in SPECIAL:
+            assert text.startswith(token, at)
+            at, fresh = at + len(token), True
+            held.append(Held(start, at))
+            continue
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            pending += bytes([int(byte[1], 16)])
+            held.append(Held(at, at + 1))
+            if pending == text[at].encode():
+                at, pending = at + 1, b""
+            continue
+        own = token[1:] if fresh else token
+        assert not fresh or token[0] == "▁"
+        fresh = False
+        for c in own:
+            assert text[at] == c or (c == "▁" and text[at] == " ")
+            at += 1
+        held.append(Held(start, at) if own else Held(start, start + 1, "free"))
+    assert at == len(text) and not pending
+    return held
+
+
+def _held_offsets(name: str, text: str, ids: list[int]) -> list[Held]:
+    """Ask the tokenizers library, without the post-processor that shortens offsets; what a tokenizer drops nobody holds."""
+    raw = Tokenizer.from_str(tokenizer_named(name).backend_tokenizer.to_str())
+    raw.post_processor = None
+    encoding = raw.encode(text, add_special_tokens=False)
+    assert encoding.ids == ids
+    held, fresh = [], True
+    for token, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
+        held.append(Held(start, stop, "free" if fresh and token == "▁" else "exact"))
+        fresh = token in SPECIAL
+    return held
