@@ -26,7 +26,13 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 GOAL_S = 8.0
-OVERRIDES = ["model=tiny", "data=tasks", "data.val_path=null", "algorithm.max_num_steps=1", "algorithm.val_at_end=false"]
+OVERRIDES = [
+    "model=tiny",
+    "data=tasks",
+    "data.val_path=null",
+    "algorithm.max_num_steps=1",
+    "algorithm.val_at_end=false",
+]
 
 
 class Marks:
@@ -75,7 +81,7 @@ def _imports(mark: Marks) -> None:
     mark("import the engine")
     _around(cache, "prepare", mark, before="run folder", after="open the data cache")
     _around(worker, "receipt", mark, before="plan", after="receipt")
-    _around(backends, "build", mark, before="write recipe and lock", then=lambda: None, first=lambda: _model(mark))
+    _around(backends, "build", mark, before="write recipe and lock", first=lambda: _model(mark))
     _around(train.Trainer, "_step", mark, before="rest of the set-up", after="first step")
 
 
@@ -130,7 +136,12 @@ def main() -> int:
     runs: list[dict[str, float]] = []
     loads = []
     with tempfile.TemporaryDirectory(prefix="startup-") as work:
-        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "ANNEAL_CACHE": f"{work}/cache", "HF_HUB_OFFLINE": "1"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(args.threads),
+            "ANNEAL_CACHE": f"{work}/cache",
+            "HF_HUB_OFFLINE": "1",
+        }
         for number in range(args.rounds + 1):  # the first fills the cache and is not counted
             result = Path(work, f"{number}.json")
             words = [f"run.dir={work}/run{number}", "logger.backends=[]", *OVERRIDES]

@@ -39,7 +39,7 @@ class BeforeAndAfter(Callback):
         control.say(
             f"weights: {hf}\n"
             "next:\n"
-            f'  python -m engine.generate --model {hf} --prompt "Spell backwards: planet"\n'
+            f'  python -m engine.generate --model {hf} --prompt "Backwards: stone"\n'
             "  python -m engine data=messages data.train_path=YOURS.jsonl model.path=FOLDER_OR_HUB_ID   # your data, your model\n"
             "  python -m engine --help                                                     # every key"
         )
@@ -53,5 +53,5 @@ class BeforeAndAfter(Callback):
 
 
 def _short(text: str) -> str:
-    shown = " ".join(text.split())
-    return repr(shown if len(shown) <= 24 else shown[:23] + "…")
+    shown = "".join(c if c.isascii() and c.isprintable() else "·" for c in text)
+    return repr(shown if len(shown) <= 12 else shown[:11] + "…")
