@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}" if not line.startswith("  ") else line, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted before training began; nothing was lost.", file=sys.stderr)
+        return EXIT_ERROR
 
 
 def run_one(overrides: list[str]) -> int:

@@ -113,7 +113,9 @@ class Trainer:
                 if last or stop.signal or self._due(config.checkpoint.period) or self.control.should_save:
                     self._save()
             if stop.signal is not None and state.step < state.total_steps:
-                if state.step and self.checkpoints.newest() is None:
+                if (
+                    self.checkpoints.newest() is None
+                ):  # before the first step: what was asked for is a checkpoint all the same
                     self._save()
                 self.console.say(
                     f"stopped by {stop.signal} after step {state.step} of {state.total_steps}, checkpoint saved; "

@@ -72,6 +72,7 @@ def _build(
 ) -> Trainer:
     """Prepare the data, build the backend and prove it on a few samples."""
     data, algorithm = config.data, config.algorithm
+    callbacks = [_callback(spec) for spec in config.run.callbacks]
     splits = ["train", "val"] if data.val_path is not None else ["train"]
     samples = {split: cache.prepare(config, split, folder.path, console.say) for split in splits}
     for split in splits:
@@ -101,7 +102,8 @@ def _build(
     import torch
 
     device = torch.device(device_name)
-    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
     folder.write_recipe(receipt(config, samples, torch.cuda.get_device_name() if device.type == "cuda" else "cpu"))
     backend = backends.build(config, device)
     if config.run.probe:
@@ -118,7 +120,7 @@ def _build(
         checkpoints=checkpoints,
         console=console,
         loggers=loggers,
-        callbacks=[_callback(spec) for spec in config.run.callbacks],
+        callbacks=callbacks,
         state=state,
     )
 

@@ -52,7 +52,9 @@ def plain_pytorch(config: RunConfig, loader: Loader, step: int = 0) -> tuple[flo
     """The same step as anyone would write it: one document at a time, full logits, cross-entropy over the trained tokens."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="eager"
+    )
     losses, count = [], 0
     for i in loader.plan.members(step).tolist():
         sample = loader.samples[i]
@@ -119,14 +121,23 @@ def test_curve_equals_plain_pytorch(base: list[str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = config_of(
-        base, tmp_path, "optimizer.weight_decay=0.1", "train.max_grad_norm=0.5", "scheduler=cosine", "scheduler.warmup_ratio=0.2"
+        base,
+        tmp_path,
+        "optimizer.weight_decay=0.1",
+        "train.max_grad_norm=0.5",
+        "scheduler=cosine",
+        "scheduler.warmup_ratio=0.2",
     )
     loader, objective = loader_of(config, tmp_path), SFT()
     backend = TorchBackend(config, torch.device("cpu"))
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="sdpa"
+    )
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     others = [p for n, p in model.named_parameters() if "norm" in n]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda s: (s + 1) / 2 if s < 2 else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (s - 2) / 8)).item()),

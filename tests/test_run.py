@@ -23,7 +23,12 @@ from tests.conftest import ROOT, SHARED_DATA, TASKS, read_metrics
 def finished(base: list[str], rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with validation at the start, along the way and at the end."""
     folder = tmp_path_factory.mktemp("finished")
-    more = ["algorithm.val_period=2", "algorithm.val_at_start=true", "algorithm.val_at_end=true", f"data.val_path={rows_file}"]
+    more = [
+        "algorithm.val_period=2",
+        "algorithm.val_at_start=true",
+        "algorithm.val_at_end=true",
+        f"data.val_path={rows_file}",
+    ]
     assert engine.run([*base, *more, "algorithm.max_num_steps=5", "logger=console", f"run.dir={folder}"]) == 0
     return folder
 
@@ -109,7 +114,13 @@ def test_export_equals_hf(finished: Path, tmp_path: Path) -> None:
 def test_bfloat16_run_exports_bfloat16_and_resumes(base: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    overrides = [*base, "model.dtype=bfloat16", "scheduler=constant", "scheduler.warmup_ratio=0", f"run.dir={tmp_path / 'a'}"]
+    overrides = [
+        *base,
+        "model.dtype=bfloat16",
+        "scheduler=constant",
+        "scheduler.warmup_ratio=0",
+        f"run.dir={tmp_path / 'a'}",
+    ]
     assert engine.run([*overrides, "algorithm.max_num_steps=2"]) == 0
     assert engine.run(overrides) == 0
     assert engine.run([*overrides[:-1], f"run.dir={tmp_path / 'b'}"]) == 0
@@ -147,7 +158,9 @@ def test_alpaca_loss_falls(tmp_path: Path) -> None:
     assert means == sorted(means, reverse=True) and means[-1] < 0.6 * losses[0]
 
 
-def test_callbacks_see_and_ask(base: list[str], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_see_and_ask(
+    base: list[str], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "watcher.py").write_text(
         "import json\n"
         "from engine.types import Callback\n"
@@ -247,7 +260,9 @@ def test_custom_and_null_templates_reach_hf(base: list[str], tmp_path: Path) -> 
     assert tokenizer.chat_template == template.read_text()
     assert engine.run([*base, "model.chat_template=null", "data.add_eos=true", f"run.dir={tmp_path / 'null'}"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "null" / "hf")
-    said = tokenizer.apply_chat_template([{"role": "user", "content": "a "}, {"role": "assistant", "content": "b"}], tokenize=False)
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a "}, {"role": "assistant", "content": "b"}], tokenize=False
+    )
     assert said == "a b"
 
 
@@ -261,7 +276,13 @@ def test_out_of_memory_names_the_smallest_change(base: list[str], tmp_path: Path
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 3_000_000, -1))\n"
     )
-    words = [*base, "run.callbacks=[squeeze:Squeeze]", "train.global_batch_size=32", "model.init=random", f"run.dir={tmp_path / 'run'}"]
+    words = [
+        *base,
+        "run.callbacks=[squeeze:Squeeze]",
+        "train.global_batch_size=32",
+        "model.init=random",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "engine", *words, "model.config_overrides={hidden_size: 512, intermediate_size: 2048}"],
         cwd=tmp_path,
@@ -301,7 +322,9 @@ def test_hub_model_without_network_is_one_sentence(tmp_path: Path) -> None:
         engine.run([*TASKS, "model.path=someone/model", f"run.dir={tmp_path}"])
 
 
-def test_hub_model_from_the_cache_layout(base: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_model_from_the_cache_layout(
+    base: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model that the hub's cache holds is loaded by its id, offline."""
     import huggingface_hub.constants
 
@@ -311,4 +334,7 @@ def test_hub_model_from_the_cache_layout(base: list[str], model_folder: Path, tm
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     others = [o for o in base if not o.startswith("model.path")]
-    assert engine.run([*others, "model.path=someone/small", f"run.dir={tmp_path / 'run'}", "algorithm.max_num_steps=1"]) == 0
+    assert (
+        engine.run([*others, "model.path=someone/small", f"run.dir={tmp_path / 'run'}", "algorithm.max_num_steps=1"])
+        == 0
+    )

@@ -58,7 +58,9 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
         if model.init == "random":
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, **options)
-        loaded, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
@@ -82,7 +84,10 @@ def write(model: Any, weights: dict[str, Tensor], section: ModelSection, folder:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: b for name, b in model.state_dict().items() if name not in parameters}
-    state = {name: w.detach().to("cpu", dtype if w.is_floating_point() else w.dtype) for name, w in {**weights, **buffers}.items()}
+    state = {
+        name: w.detach().to("cpu", dtype if w.is_floating_point() else w.dtype)
+        for name, w in {**weights, **buffers}.items()
+    }
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     load_tokenizer(section).save_pretrained(folder)
 

@@ -46,7 +46,6 @@ class Trainable(nn.Module):
 
     def forward(self, batch: MicroBatch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum of a micro-batch and the sums to report."""
-
         size, targets = objective.sequences_per_group, batch.targets
 
         def chunk(logprobs_C: Tensor, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,7 +120,7 @@ class TorchBackend:
         if config.model.recompute == "full":
             enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        if config.model.compile:
+        if config.model.compile:  # attention, whose documents differ from step to step, stays outside
             for layer in self.lm.get_decoder().layers:
                 layer.compile(dynamic=True)
         self.weights = MasterWeights(hf_model.named_parameters(self.lm), self.dtype)

@@ -48,19 +48,15 @@ def _check_numbers(config: RunConfig) -> list[str]:
     if algorithm.max_num_steps is None and algorithm.max_num_epochs is None:
         problems.append("algorithm.max_num_steps and algorithm.max_num_epochs are both null: set one of them.")
     if not packing.enabled:
-        for key, batch, micro in (
-            ("train", train.global_batch_size, train.micro_batch_size),
-            (
-                "algorithm.val",
-                algorithm.val_global_batch_size or train.global_batch_size,
-                algorithm.val_micro_batch_size or train.micro_batch_size,
-            ),
-        ):
+        sizes = [("train.", train.global_batch_size, train.micro_batch_size)]
+        if algorithm.val_global_batch_size or algorithm.val_micro_batch_size:
+            batch = algorithm.val_global_batch_size or train.global_batch_size
+            sizes.append(("algorithm.val_", batch, algorithm.val_micro_batch_size or train.micro_batch_size))
+        for key, batch, micro in sizes:
             if batch % micro:
-                joint = "_" if key.endswith("val") else "."
                 near = sorted({max(micro, batch - batch % micro), batch + micro - batch % micro})
                 problems.append(
-                    f"{key}{joint}global_batch_size={batch} is not divisible by {key}{joint}micro_batch_size={micro}: "
+                    f"{key}global_batch_size={batch} is not divisible by {key}micro_batch_size={micro}: "
                     f"the nearest batch sizes are {' and '.join(map(str, near))}."
                 )
     if packing.enabled and packing.max_tokens is not None and packing.max_tokens < config.data.max_length:

@@ -32,11 +32,12 @@ from engine import hub
 from engine.config.schema import RunConfig
 from engine.data import readers, rows
 from engine.data.batch import trained_positions
-from engine.data.template import Template, TokenMask, template_text
+from engine.data.encode import Encoder, load_tokenizer
+from engine.data.template import template_text
 from engine.errors import RunError, UserError
 from engine.types import Sample
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the meaning of a cached file changes."""
 ROWS_PER_BATCH = 512
 SCHEMA = pa.schema(
@@ -44,7 +45,6 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "trained": pa.list_(pa.int32()),
         "length": pa.int32(),
-        "num_trained": pa.int32(),
     }
 )
 
@@ -92,9 +92,11 @@ class Samples:
             ) from error
         self.summary = Summary(**meta["summary"])
         self.fingerprint: str = meta["fingerprint"]
-        self.lengths: NDArray[np.int32] = table["length"].to_numpy()
-        self.num_trained: NDArray[np.int32] = table["num_trained"].to_numpy()
-        self._columns = [_flat(table["input_ids"]), _flat(table["trained"])]
+        self.lengths = np.concatenate([_view(chunk) for chunk in table["length"].chunks])
+        self._columns = [
+            [(_view(chunk.offsets), _view(chunk.values)) for chunk in table[name].chunks]
+            for name in ("input_ids", "trained")
+        ]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in table["length"].chunks)])
 
     def __len__(self) -> int:
@@ -160,57 +162,11 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or os.environ.get("ANNEAL_CACHE") or "~/.cache/anneal").expanduser()
 
 
-def load_tokenizer(folder: Path, config: RunConfig) -> Any:
-    """Load a fast tokenizer from a folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-
-
-class Encoder:
-    """Turns a row into a sample, or into the reason why not."""
-
-    def __init__(self, tokenizer: Any, template: str | None, config: RunConfig) -> None:
-        self.template = Template(tokenizer, template, config.model.template_args)
-        self.mask = TokenMask(tokenizer)
-        self.data = config.data
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        for key, token in (("add_bos", self.bos), ("add_eos", self.eos)):
-            if getattr(self.data, key) and token is None:
-                raise UserError(f"data.{key}=true: the tokenizer in {tokenizer.name_or_path} has no such token.")
-
-    def __call__(self, messages: list[readers.Message]) -> tuple[Sample | None, str]:
-        """Return a sample and "" or "cut", or None and the reason it is dropped."""
-        readers.check_messages(messages, self.data.train_on)
-        text, spans = self.template.trained_spans(messages, self.data.train_on)
-        ids, mask = self.mask.encode(text, spans)
-        if self.data.add_bos and (not len(ids) or ids[0] != self.bos):
-            ids, mask = np.insert(ids, 0, self.bos), np.insert(mask, 0, False)
-        if self.data.add_eos and (not len(ids) or ids[-1] != self.eos):
-            ids, mask = np.append(ids, np.int32(self.eos)), np.append(mask, messages[-1]["role"] == "assistant")
-        if not mask[1:].any():
-            raise readers.RowError("nothing to train: no token of a trained turn is left after the template")
-        fate = ""
-        if len(ids) > self.data.max_length:
-            if self.data.overlong == "error":
-                raise readers.RowError(
-                    f"{len(ids)} tokens, more than data.max_length={self.data.max_length}; raise it, or set data.overlong=drop"
-                )
-            if self.data.overlong == "drop":
-                return None, f"longer than {self.data.max_length} tokens"
-            ids, mask, fate = ids[: self.data.max_length], mask[: self.data.max_length], "cut"
-            if not mask[1:].any():
-                return None, "nothing to train after the cut"
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).astype(np.int32)
-        return Sample(ids, edges.reshape(-1, 2)), fate
-
-
 def _build(target: Path, key: str, source: Iterator[rows.Row], path: str, encoder: Encoder, config: RunConfig) -> None:
     """Tokenise a source into a folder; everything is on disk when it returns."""
-    first = next(source)
+    first = next(source, None)
+    if first is None:
+        raise UserError(f"{path}: there are no rows.")
     name, reader = readers.find(config.data.reader, first[1], path)
     summary = Summary(reader=name)
     dropped: Counter[str] = Counter()
@@ -218,15 +174,17 @@ def _build(target: Path, key: str, source: Iterator[rows.Row], path: str, encode
     work = partial(_encode_rows, reader, encoder)
     with (target / "samples.arrow").open("wb") as file:
         with pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch, fates in _progress(_parallel(work, chain([first], source), config.data.num_workers), path):
+            for batch, fates, num_trained in _progress(
+                _parallel(work, chain([first], source), config.data.num_workers), path
+            ):
                 writer.write_batch(batch)
+                lengths = _view(batch["length"])
                 summary.read += len(fates)
+                summary.used += len(lengths)
                 summary.cut += fates.count("cut")
                 dropped.update(f for f in fates if f not in ("", "cut"))
-                lengths = batch["length"].to_numpy()
-                summary.used += len(lengths)
                 summary.tokens += int(lengths.sum())
-                summary.trained_tokens += int(batch["num_trained"].to_numpy().sum())
+                summary.trained_tokens += num_trained
                 summary.longest = max(summary.longest, int(lengths.max(initial=0)))
         file.flush()
         os.fsync(file.fileno())
@@ -243,8 +201,12 @@ def _build(target: Path, key: str, source: Iterator[rows.Row], path: str, encode
 
 def _encode_rows(
     reader: readers.Reader, encoder: Encoder, batch: Sequence[rows.Row]
-) -> tuple[pa.RecordBatch, list[str]]:
-    """Encode some rows; the fates are "" (used), "cut" (used), or why a row was dropped."""
+) -> tuple[pa.RecordBatch, list[str], int]:
+    """Encode some rows.
+
+    Returns:
+        The samples, for each row its fate ("" and "cut": used; else why it was dropped), and the number of trained tokens.
+    """
     samples, fates = [], []
     for place, row in batch:
         try:
@@ -258,9 +220,9 @@ def _encode_rows(
         "input_ids": [s.input_ids for s in samples],
         "trained": [s.trained.reshape(-1) for s in samples],
         "length": [len(s.input_ids) for s in samples],
-        "num_trained": [len(trained_positions(s)) for s in samples],
     }
-    return pa.RecordBatch.from_pydict(columns, SCHEMA), fates
+    num_trained = sum(len(trained_positions(s)) for s in samples)
+    return pa.RecordBatch.from_pydict(columns, SCHEMA), fates, num_trained
 
 
 def _parallel(work: Callable[[Any], Any], source: Iterator[rows.Row], num_workers: int | None) -> Iterator[Any]:
@@ -310,9 +272,9 @@ def _progress(results: Iterator[Any], path: str) -> Iterator[Any]:
     )
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(Path(path).name, total=None)
-        for batch, fates in results:
-            progress.advance(task, len(fates))
-            yield batch, fates
+        for result in results:
+            progress.advance(task, len(result[1]))
+            yield result
 
 
 def _key(config: RunConfig, path: str, split: str, template: str | None, tokenizer_folder: Path) -> str:
@@ -339,9 +301,9 @@ def _key(config: RunConfig, path: str, split: str, template: str | None, tokeniz
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _flat(column: pa.ChunkedArray) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Return (offsets, values) of each chunk of a list column, as views of the mapped file."""
-    return [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+def _view(array: pa.Array) -> NDArray[np.int32]:
+    """Return an int32 array as a view of the mapped file (``to_numpy`` would import pandas)."""
+    return np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array)]
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

@@ -42,7 +42,9 @@ def fingerprint(path: str, split: str) -> str:
     """Return a hash of a source's content (a local file, folder or built-in set) or of its name (a hub data set)."""
     digest = hashlib.sha256()
     if path.startswith(BUILTIN):
-        digest.update(f"{path} {BUILTIN_ROWS.get(path.removeprefix(BUILTIN))}".encode() + Path(tasks.__file__).read_bytes())
+        digest.update(
+            f"{path} {BUILTIN_ROWS.get(path.removeprefix(BUILTIN))}".encode() + Path(tasks.__file__).read_bytes()
+        )
     elif looks_local(path):
         root = Path(path).expanduser()
         for file in sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]:

@@ -122,7 +122,11 @@ def test_killed_during_a_checkpoint_leaves_the_one_before(
 def test_signal_saves_and_exits_75(
     long_run: list[str], undisturbed: Path, tmp_path: Path, engine_process: Start, number: signal.Signals
 ) -> None:
-    overrides = [*(o for o in long_run if not o.startswith("checkpoint.period")), "checkpoint.period=0", f"run.dir={tmp_path}"]
+    overrides = [
+        *(o for o in long_run if not o.startswith("checkpoint.period")),
+        "checkpoint.period=0",
+        f"run.dir={tmp_path}",
+    ]
     process = engine_process([*overrides, "run.callbacks=[]"])
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(read_metrics(tmp_path)) >= 2, process)
     process.send_signal(number)
@@ -135,6 +139,25 @@ def test_signal_saves_and_exits_75(
     assert f"stopped by {number.name} after step {state['step']}" in (tmp_path / "log.txt").read_text()
     assert engine.run(overrides) == 0
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_signal_before_the_first_step_is_a_stop_too(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early.py").write_text(
+        "import os, signal\n"
+        "from engine.types import Callback\n"
+        "class Early(Callback):\n"
+        "    def on_train_begin(self, control):\n"
+        "        if not (control.run_dir / 'checkpoints' / 'step_00000000').exists():\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [*base, "run.callbacks=[early:Early]", f"run.dir={tmp_path / 'run'}"]
+    assert engine.run(overrides) == 75
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000000"]
+    assert engine.run(overrides) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_finished_run_says_so(long_run: list[str], undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +177,9 @@ def test_more_steps_go_on(base: list[str], tmp_path: Path) -> None:
 
 def test_resume_from_another_folder(base: list[str], tmp_path: Path) -> None:
     constant = [*base, "scheduler=constant", "scheduler.warmup_ratio=0"]
-    assert engine.run([*constant, f"run.dir={tmp_path / 'a'}", "algorithm.max_num_steps=4", "checkpoint.keep_last=9"]) == 0
+    assert (
+        engine.run([*constant, f"run.dir={tmp_path / 'a'}", "algorithm.max_num_steps=4", "checkpoint.keep_last=9"]) == 0
+    )
     there = tmp_path / "a" / "checkpoints" / "step_00000002"
     assert engine.run([*constant, f"run.dir={tmp_path / 'b'}", "algorithm.max_num_steps=4", f"run.resume={there}"]) == 0
     assert figures(tmp_path / "b") == figures(tmp_path / "a")[2:]
@@ -204,7 +229,9 @@ def test_damaged_checkpoint_is_named(base: list[str], tmp_path: Path) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder

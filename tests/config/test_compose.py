@@ -84,7 +84,9 @@ def test_one_sentence_with_the_remedy(override: str, answer: str) -> None:
 
 
 def test_every_problem_at_once() -> None:
-    found = problems("model=tinny", "optimizer.lrr=1", "data.overlong=x", "train.global_batch_size=none", "scheduler=wrong")
+    found = problems(
+        "model=tinny", "optimizer.lrr=1", "data.overlong=x", "train.global_batch_size=none", "scheduler=wrong"
+    )
     assert len(found) == 5
     found = problems("optimizer.lrr=1", "data.train_path=nowhere.jsonl", "data.max_length=4096")
     assert len(found) == 3
@@ -94,7 +96,10 @@ def test_every_problem_at_once() -> None:
     ("sizes", "answer"),
     [
         (["train.global_batch_size=10", "train.micro_batch_size=4"], "nearest batch sizes are 8 and 12"),
-        (["algorithm.val_global_batch_size=7", "train.micro_batch_size=2"], "algorithm.val_global_batch_size=7 is not divisible"),
+        (
+            ["algorithm.val_global_batch_size=7", "train.micro_batch_size=2"],
+            "algorithm.val_global_batch_size=7 is not divisible",
+        ),
     ],
 )
 def test_batch_sizes_that_do_not_divide(sizes: list[str], answer: str) -> None:
@@ -167,7 +172,9 @@ def test_recipe_found_by_name_on_a_path_and_duplicates_refused(tmp_path: Path, m
 
 def test_recipe_yaml_repeats_the_run_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "hunter2")
-    (tmp_path / "base.yaml").write_text("run: {name: '${oc.env:MY_SECRET}'}\noptimizer: {lr: 5e-4, betas: [0.8, 0.9]}\n")
+    (tmp_path / "base.yaml").write_text(
+        "run: {name: '${oc.env:MY_SECRET}'}\noptimizer: {lr: 5e-4, betas: [0.8, 0.9]}\n"
+    )
     first = compose([*TINY, f"recipe={tmp_path}/base.yaml", f"run.dir={tmp_path}/run", "model.template_args={x: 1}"])
     assert first.config.run.name == "hunter2"
     assert "hunter2" not in first.recipe and "${oc.env:MY_SECRET}" in first.recipe
@@ -221,7 +228,11 @@ def test_help_shows_every_key_with_default_and_meaning() -> None:
 def _groups(section: type[Section]) -> set[str]:
     fields = section.model_fields.items()
     documented = docstrings(section)
-    return {n for n, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section) and n not in documented}
+    return {
+        n
+        for n, f in fields
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section) and n not in documented
+    }
 
 
 @pytest.mark.parametrize(
@@ -230,7 +241,9 @@ def _groups(section: type[Section]) -> set[str]:
 def test_answers_at_once_and_without_torch(words: list[str], code: int) -> None:
     program = "import sys; from engine.__main__ import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == code
     assert done.stdout.splitlines()[-1] == "False"
     assert (code == 0) == (done.stderr == "") and "Traceback" not in done.stderr
@@ -246,7 +259,18 @@ def test_unknown_flag() -> None:
 def test_wheel_carries_conf_and_recipes(tmp_path: Path) -> None:
     """An installed wheel finds its groups, recipes and assets."""
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -264,4 +288,9 @@ def test_wheel_carries_conf_and_recipes(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     )  # fmt: skip
     module, conf, path = json.loads(out.stdout)
-    assert module.startswith(str(tmp_path)) and conf == str(tmp_path / "site" / "engine" / "conf") and path == "builtin:tiny_llama"
+    assert (tmp_path / "site" / "engine" / "assets" / "tiny_llama" / "tokenizer.json").is_file()
+    assert (
+        module.startswith(str(tmp_path))
+        and conf == str(tmp_path / "site" / "engine" / "conf")
+        and path == "builtin:tiny_llama"
+    )

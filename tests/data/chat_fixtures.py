@@ -147,7 +147,8 @@ def _trained_bpe(split: str | None) -> Tokenizer:
 
 
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -192,9 +193,7 @@ def metaspace() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     return _wrap(tokenizer)
 
@@ -264,7 +263,7 @@ def check_mask(name: str, text: str, spans: Sequence[tuple[int, int]], ids: Any,
     for token, trained, (start, stop, kind) in zip(
         tokenizer_named(name).convert_ids_to_tokens(ids.tolist()), mask.tolist(), held, strict=True
     ):
-        touches = any(start < b and stop > a for a, b in spans)
+        touches = any(a < b and start < b and stop > a for a, b in spans)
         inside = any(a <= start and stop <= b for a, b in spans) and start < stop
         where = f"{name}: token {token!r} holds {text[start:stop]!r} at {start}:{stop}; spans {spans} of {text!r}"
         assert not trained or touches, f"trained, but holds nothing of a span: {where}"

@@ -453,7 +453,9 @@ OTHER_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
             "{%- if m.role == 'assistant' -%}{{ turn(m) }}{%- else -%}" + OTHER_TURN + "{%- endif -%}{%- endfor -%}"
         ),
         (
-            "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set turn -%}" + GENERATION_TURN + "{%- endset -%}"
+            "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set turn -%}"
+            + GENERATION_TURN
+            + "{%- endset -%}"
             "{{ turn }}{%- else -%}" + OTHER_TURN + "{%- endif -%}{%- endfor -%}"
         ),
         (
@@ -524,7 +526,8 @@ def test_generation_blocks_around_rewritten_turns() -> None:
 
 def test_end_of_turn_of_a_template_that_asks_for_a_system_turn() -> None:
     template = (
-        "{%- if messages[0].role != 'system' -%}{{ raise_exception('a system turn comes first') }}{%- endif -%}" + CHATML
+        "{%- if messages[0].role != 'system' -%}{{ raise_exception('a system turn comes first') }}{%- endif -%}"
+        + CHATML
     )
     assert marked_or_refused(template, CONVERSATIONS["multi"]) == CHATML_TEXT["multi"]
     assert marked_or_refused(template, CONVERSATIONS["single"]) == "refused"
@@ -596,7 +599,9 @@ def test_a_conversation_that_holds_the_placeholder() -> None:
 
 def test_an_end_of_turn_that_is_no_special_token_of_this_tokenizer_is_added_by_none() -> None:
     """A tokenizer that knows </s> but not <|im_end|>: the ChatML close is ordinary text, and no token of the template."""
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={s: i for i, s in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])

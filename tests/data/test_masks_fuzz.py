@@ -21,7 +21,15 @@ FRAGMENTS = (
     *("中", "日本", "😀", "👩‍👩‍👧", "🇫🇷", "▁", "Ġ", "\ufeff"),
     *("<think>", "</think>", "<think>\nreason\n</think>\n\n"),
     *("<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\n"),
-    *("<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<s>", "</s>", "[INST] ", " [/INST]", " [/INST] "),
+    *(
+        "<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s>",
+        "</s>",
+        "[INST] ",
+        " [/INST]",
+        " [/INST] ",
+    ),
     *("Answer: ", "\nAnswer: ", "\nQuestion: ", "Context: ", "{{ m.content }}", "{% generation %}", "{%- endfor -%}"),
     *("\ue0a0turn0\ue0a1", "\ue0a0turn1\ue0a1", "\ue0a0", "\ue0a2", "\ue0a3"),
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_fixtures import CHATML_GENERATION, byte_plain
 
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
@@ -32,10 +33,26 @@ def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+TOKENIZER: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A tokenizer folder whose tokens are bytes and special tokens, with a ChatML template."""
+    tokenizer = byte_plain()
+    tokenizer.chat_template = CHATML_GENERATION
+    TOKENIZER["folder"] = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(TOKENIZER["folder"])
+
+
+def words_for(file: Path, cache: Path) -> list[str]:
+    """Return the overrides of a recipe on a file."""
+    words = ["model=tiny", f"model.tokenizer={TOKENIZER['folder']}", "data=messages", "data.max_length=256"]
+    return [*words, f"data.train_path={file}", f"data.cache_dir={cache}"]
+
+
 def config_of(file: Path, cache: Path, *overrides: str) -> RunConfig:
-    """Compose a recipe of the built-in tiny model (ChatML, a token a byte) on a file."""
-    words = ["model=tiny", "data=messages", "data.max_length=256", f"data.train_path={file}", f"data.cache_dir={cache}"]
-    return compose([*words, *overrides]).config
+    return compose([*words_for(file, cache), *overrides]).config
 
 
 def tokenised(config: RunConfig, split: str = "train") -> tuple[Samples, list[str]]:
@@ -259,7 +276,8 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
     ),
     "half a character": (
         "rows.jsonl",
-        lines(GOOD) + b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi"}]}\n',
+        lines(GOOD)
+        + b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi"}]}\n',
         [],
         "{file} line 2: …",
     ),
@@ -392,7 +410,9 @@ def test_overlong_error_names_the_first(tmp_path: Path, cache_dir: Path) -> None
 def test_a_batch_of_which_every_row_is_dropped(tmp_path: Path, cache_dir: Path) -> None:
     file = tmp_path / "rows.jsonl"
     long = [conversation("a" * 60, "b" * 60)]
-    rows = long * 1100 + [conversation("a", "b" * i) for i in range(1, 11)] + long * 1100 + [conversation("a", "b" * 11)]
+    rows = (
+        long * 1100 + [conversation("a", "b" * i) for i in range(1, 11)] + long * 1100 + [conversation("a", "b" * 11)]
+    )
     file.write_bytes(lines(*rows))
     samples, _ = tokenised(config_of(file, cache_dir, "data.max_length=64"))
     assert samples.lengths.tolist() == [22 + i for i in range(1, 12)]
@@ -401,12 +421,12 @@ def test_a_batch_of_which_every_row_is_dropped(tmp_path: Path, cache_dir: Path) 
 
 
 def test_begin_and_end_tokens(tmp_path: Path, cache_dir: Path) -> None:
-    """<|bos|> is 257 and not trained; <|im_end|> (259) closes the answer and is trained."""
+    """<|begin_of_text|> (256) is not trained; <|im_end|> (258) closes the answer and is trained."""
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines(conversation("ab", "cd")))
     words = ["model.chat_template=null", "data.add_bos=true", "data.add_eos=true"]
     sample = tokenised(config_of(file, cache_dir, *words))[0][0]
-    assert sample.input_ids.tolist()[0] == 257 and sample.input_ids.tolist()[-1] == 259
+    assert sample.input_ids[[0, -1]].tolist() == [256, 258]
     assert len(sample.input_ids) == 6 and sample.trained.tolist() == [[3, 6]]
 
 
@@ -524,7 +544,7 @@ def test_the_rows_the_template_and_the_tokenizer_change_the_key(tmp_path: Path, 
     file, template = tmp_path / "rows.jsonl", tmp_path / "t.jinja"
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    for source in (ROOT / "engine" / "assets" / "tiny_llama").iterdir():
+    for source in TOKENIZER["folder"].iterdir():
         (tokenizer / source.name).write_bytes(source.read_bytes())
     template.write_text("{{ messages[0].content }} {{ messages[1].content }}")
     words = [f"model.chat_template={template}", f"model.tokenizer={tokenizer}"]
@@ -540,14 +560,16 @@ def test_the_rows_the_template_and_the_tokenizer_change_the_key(tmp_path: Path, 
     template.write_text("{{ messages[0].content }}{{ messages[1].content }}")
     assert folders_after() == 3
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|bos|>"}))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|eot_id|>"}))
     assert folders_after() == 4
     file.write_bytes(lines(*MIXED))
     assert folders_after() == 5
     assert folders_after() == 5
 
 
-@pytest.mark.parametrize("change", ["data.num_workers=1", "run.seed=5", "data.shuffle=false", "train.global_batch_size=4"])
+@pytest.mark.parametrize(
+    "change", ["data.num_workers=1", "run.seed=5", "data.shuffle=false", "train.global_batch_size=4"]
+)
 def test_what_changes_no_token_keeps_the_key(change: str, tmp_path: Path, cache_dir: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines(*MIXED))
@@ -661,11 +683,6 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def words_for(file: Path, cache: Path, num_workers: int) -> list[str]:
-    words = ["model=tiny", "data=messages", "data.max_length=256", f"data.train_path={file}", f"data.cache_dir={cache}"]
-    return [*words, f"data.num_workers={num_workers}"]
-
-
 def answer_of(pid: int, answer: Path, timeout_s: float = 60) -> str:
     """Return what a process that ends by itself answered."""
     wait_for(lambda: not alive(pid), "the end of a process that tokenises", timeout_s)
@@ -676,7 +693,10 @@ def answer_of(pid: int, answer: Path, timeout_s: float = 60) -> str:
 def truth(nursery: Nursery, many_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What an undisturbed run answers."""
     folder = tmp_path_factory.mktemp("truth")
-    text = answer_of(nursery.start(words_for(many_rows, folder / "cache", 1), folder / "answer"), folder / "answer")
+    text = answer_of(
+        nursery.start([*words_for(many_rows, folder / "cache"), "data.num_workers=1"], folder / "answer"),
+        folder / "answer",
+    )
     assert text.split()[0] == str(NUM_ROWS)
     return text
 
@@ -686,7 +706,10 @@ def test_two_processes_at_once_end_with_the_same_samples(
     num_workers: int, nursery: Nursery, many_rows: Path, tmp_path: Path, cache_dir: Path, truth: str
 ) -> None:
     answers = [tmp_path / "first", tmp_path / "second"]
-    pids = [nursery.start(words_for(many_rows, cache_dir, num_workers), answer) for answer in answers]
+    pids = [
+        nursery.start([*words_for(many_rows, cache_dir), f"data.num_workers={num_workers}"], answer)
+        for answer in answers
+    ]
     assert [answer_of(pid, answer) for pid, answer in zip(pids, answers, strict=True)] == [truth, truth]
     assert len(whole_folders(cache_dir)) == 1
     assert not list(cache_dir.rglob("*.tmp-*"))
@@ -696,7 +719,7 @@ def test_killed_at_any_moment_leaves_nothing_that_looks_whole(
     nursery: Nursery, many_rows: Path, tmp_path: Path, cache_dir: Path, truth: str
 ) -> None:
     """SIGKILL at six moments of tokenising, one after another on the same folder; then an undisturbed run."""
-    words = words_for(many_rows, cache_dir, 1)
+    words = [*words_for(many_rows, cache_dir), "data.num_workers=1"]
     moments = random.Random(0)
     killed_inside = 0
     for _ in range(6):
@@ -723,12 +746,12 @@ def test_killed_with_worker_processes_does_not_lock_out_the_next(
     nursery: Nursery, many_rows: Path, tmp_path: Path, cache_dir: Path, truth: str
 ) -> None:
     """The processes that tokenise for a killed one end with it, and the lock is free."""
-    killed = nursery.start(words_for(many_rows, cache_dir, 2), tmp_path / "killed")
+    killed = nursery.start([*words_for(many_rows, cache_dir), "data.num_workers=2"], tmp_path / "killed")
     children = Path(f"/proc/{killed}/task/{killed}/children")
     helpers = wait_for(lambda: [int(pid) for pid in children.read_text().split()], "worker processes")
     os.kill(killed, signal.SIGKILL)
     wait_for(lambda: not alive(killed), "the end of a killed process")
     assert whole_folders(cache_dir) == []
-    following = nursery.start(words_for(many_rows, cache_dir, 1), tmp_path / "answer")
+    following = nursery.start([*words_for(many_rows, cache_dir), "data.num_workers=1"], tmp_path / "answer")
     assert answer_of(following, tmp_path / "answer", timeout_s=20) == truth
     wait_for(lambda: not any(map(alive, helpers)), "the end of the worker processes of a killed one", timeout_s=5)

@@ -14,7 +14,9 @@ from kernels.packed_attention import packed_attention_sdpa
 def test_equals_block_diagonal_mask(lengths: list[int], heads: tuple[int, int], window: int | None) -> None:
     torch.manual_seed(0)
     total, dim = sum(lengths), 8
-    q, k, v = (torch.randn(total, h, dim, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(total, h, dim, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1])
+    )
     edges = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     ours = packed_attention_sdpa(q, k, v, edges, scale=0.3, window=window)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
