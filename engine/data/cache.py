@@ -20,8 +20,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f"{key}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # unlike flock's, not inherited by the processes that tokenise
             if data.cache != "use" or not target.is_dir():
                 for leftover in target.parent.glob(f"{key}.tmp-*"):
                     shutil.rmtree(leftover)
@@ -148,9 +149,9 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
                     os.rename(aside, target)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"data.cache_dir={root}: {error.filename or root} is not writable; choose another folder."
+            f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."
         ) from error
     samples = Samples(target)
     say(samples.summary.sentence("data" if split == "train" else "validation data"))
@@ -237,7 +238,7 @@ def _parallel(work: Callable[[Any], Any], source: Iterator[rows.Row], num_worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = work  # inherited by fork: neither tokenizer nor template is pickled
     waiting: deque[Future[Any]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_end_with_parent)
     try:
         for batch in chain(head, batches):
             waiting.append(pool.submit(_do_work, batch))
@@ -253,6 +254,18 @@ def _parallel(work: Callable[[Any], Any], source: Iterator[rows.Row], num_worker
 
 
 _work: Callable[[Any], Any] | None = None
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: the pool itself would wait for work for ever."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _do_work(batch: Any) -> Any:

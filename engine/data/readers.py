@@ -33,7 +33,9 @@ def alpaca(row: Mapping[str, Any]) -> list[Message]:
     """Read ``{"instruction": …, "input": …, "output": …}``; a non-empty input follows the instruction on its own line."""
     for field in ("instruction", "output"):
         if not isinstance(row.get(field), str):
-            raise RowError(f"field {field!r} must be a string, got {row.get(field)!r}")
+            raise RowError(f"field {field!r} must be a string, got {row.get(field)!r:.80}")
+    if not isinstance(row.get("input") or "", str):
+        raise RowError(f"field 'input' must be a string, got {row['input']!r:.80}")
     question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
     return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
@@ -84,5 +86,11 @@ def check_messages(turns: list[Message], train_on: str) -> None:
             raise RowError(f"messages[{i}].role is {turn['role']!r}; known roles are {', '.join(ROLES)}")
         if not isinstance(turn.get("content"), str):
             raise RowError(f"messages[{i}].content must be a string, got {turn.get('content')!r:.80}")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"messages[{i}].content holds half a surrogate pair (a \\ud83d, say, without its other half), which no text has"
+            ) from error
     if train_on != "all" and not any(turn["role"] == "assistant" for turn in turns):
         raise RowError("no assistant turn, so nothing to train; set data.train_on=all to train on every token")

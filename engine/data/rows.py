@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,35 +67,37 @@ def _builtin(path: str) -> Iterator[Row]:
 
 
 def _json_file(file: Path) -> Iterator[Row]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+    number = 0
     try:
-        with opened as stream:
-            head = ""
-            while not head.strip() and (char := stream.read(1)):
-                head = char
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            first = next((line for line in stream if line.strip().strip(codecs.BOM_UTF8)), b"")
             stream.seek(0)
-            if not head.strip():
-                raise UserError(f"{file}: the file has no rows.")
-            yield from _array(file, stream.read()) if head == "[" else _lines(file, stream)
+            if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                yield from _array(file, stream.read().decode("utf-8-sig"))
+                return
+            for number, line in enumerate(stream, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield _line(f"{file} line {number}", text)
     except UnicodeDecodeError as error:
+        where = f" line {number}" if number else ""
         raise UserError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8."
+            f"{file}{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8."
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{file}: not a whole gzip file ({error}).") from error
+    if not first:
+        raise UserError(f"{file}: the file has no rows.")
 
 
-def _lines(file: Path, stream: Any) -> Iterator[Row]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file} line {number}: not JSON ({error}); each line holds one JSON object.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{file} line {number}: a row must be a JSON object, got {line.strip():.60}.")
-        yield f"{file} line {number}", row
+def _line(place: str, text: str) -> Row:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); each line holds one JSON object.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row must be a JSON object, got {text.strip():.60}.")
+    return place, row
 
 
 def _array(file: Path, text: str) -> Iterator[Row]:

@@ -22,7 +22,9 @@ from engine.errors import UserError
 
 Span = tuple[int, int]
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
+END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+OPEN, CLOSE = "\ue0a2", "\ue0a3"
 TRIMS = (lambda s: s, str.strip, str.lstrip, str.rstrip)
 
 
@@ -61,6 +63,26 @@ class Template:
             text = tokenizer.get_chat_template()
         self.text: str | None = text
         self.marks_turns = text is not None and bool(GENERATION.search(text))
+        # The same template with a sign printed at both ends of each block: transformers' own positions of the blocks are wrong
+        # inside macros, set blocks and filters. Two ifs, so that white space around the tags is treated as before.
+        self._signed = END_GENERATION.sub(
+            rf"{{%\1 endif %}}{{{{ '{CLOSE}' }}}}{{% endif \2%}}",
+            GENERATION.sub(rf"{{%\1 if true %}}{{{{ '{OPEN}' }}}}{{% if true \2%}}", text or ""),
+        )
+        self._closed_by: str | None = None
+
+        self._check()
+
+    def _check(self) -> None:
+        """Raise UserError if the template is not one."""
+        from jinja2 import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            if self.text is not None:
+                _compile_jinja_template(self.text)
+        except TemplateSyntaxError as error:
+            raise UserError(f"model.chat_template: not a Jinja template (line {error.lineno}: {error}).") from error
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """Return the conversation as the model reads it; with a generation prompt, the assistant's header at its end.
@@ -68,7 +90,7 @@ class Template:
         Raises:
             RowError: If the template refuses the conversation.
         """
-        return self._render(messages, generation_prompt=generation_prompt)[0]
+        return self._render(self.text, messages, generation_prompt=generation_prompt)
 
     def trained_spans(self, messages: Sequence[Message], train_on: str) -> tuple[str, list[Span]]:
         """Render a conversation and find the characters that carry loss.
@@ -92,7 +114,8 @@ class Template:
             edges = np.cumsum([0, *(len(m["content"]) for m in messages)]).tolist()
             return self.render(messages), [(edges[i], edges[i + 1]) for i in turns]
         if self.marks_turns:
-            text, marked = self._render(messages)
+            text = self.render(messages)
+            marked = self._marked(messages, text)
             if len(marked) != len(assistants):
                 raise RowError(
                     f"the template marks {len(marked)} generation blocks for {len(assistants)} assistant turns, so they cannot be "
@@ -105,44 +128,77 @@ class Template:
         else:
             text = self.render(messages)
             spans = self._between_placeholders(messages, turns, text)
-        return text, [(a, self._end_of(text, b)) for a, b in spans]
+        return text, [self._with_end_of_turn(messages, text, span) for span in spans]
+
+    def _closing(self, messages: Sequence[Message]) -> str:
+        """Return what the template puts behind an assistant's turn that ends a conversation."""
+        if self._closed_by is None:
+            ask, mark = {"role": "user", "content": "x"}, {"role": "assistant", "content": _placeholder(0)}
+            last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            for probe in ([ask, mark], [{"role": "system", "content": "x"}, ask, mark], [*messages[:last], mark]):
+                try:
+                    pieces = self.render(probe).split(_placeholder(0))
+                except RowError:
+                    continue
+                if len(pieces) == 2:
+                    self._closed_by = pieces[1]
+                    break
+            else:
+                raise RowError(
+                    "the chat template does not show what closes an assistant's turn, so it cannot be masked exactly"
+                )
+        return self._closed_by
 
     @cached_property
-    def end_of_turn(self) -> str:
-        """What closes an assistant's turn: whitespace, if any, and a special token; empty where there is none."""
-        mark = _placeholder(0)
-        try:
-            tail = self.render([{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]).partition(
-                mark
-            )[2]
-        except RowError:
-            return ""
-        space = len(tail) - len(tail.lstrip())
-        special = {
-            *self.tokenizer.all_special_tokens,
-            *(t.content for t in self.tokenizer.added_tokens_decoder.values()),
-        }
-        token = max((t for t in special if t and tail.startswith(t, space)), key=len, default=None)
-        return "" if token is None else tail[: space + len(token)]
+    def _special(self) -> list[str]:
+        """The special and added tokens, longest first."""
+        added = (t.content for t in self.tokenizer.added_tokens_decoder.values())
+        return sorted({*self.tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """Render, with the spans of ``{% generation %}`` blocks where the template has any."""
-        if self.text is None:
-            return "".join(m["content"] for m in messages), []
+    def _with_end_of_turn(self, messages: Sequence[Message], text: str, span: Span) -> Span:
+        """Return a span that takes in the white space, if any, and the special token that close a turn."""
+        start, stop = span
+        tail = self._closing(messages)
+        space = len(tail) - len(tail.lstrip())
+        token = next((t for t in self._special if tail.startswith(t, space)), "")
+        close = tail[:space] + token if token else ""
+        if text.startswith(close, stop):
+            return start, stop + len(close)
+        rest = text[stop:].lstrip()
+        if not text[start:stop].rstrip().endswith(token) and any(map(rest.startswith, self._special)):
+            raise RowError(
+                f"the chat template closes its last assistant turn with {token} and an earlier one otherwise, so that one cannot "
+                "be masked exactly; set data.train_on=last_assistant, or give another template by model.chat_template"
+            )
+        return span
+
+    def _render(self, template: str | None, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        if template is None:
+            return "".join(m["content"] for m in messages)
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            texts, _ = render_jinja_template(
                 [list(messages)],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.marks_turns,
+                chat_template=template,
                 add_generation_prompt=generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **self.variables},
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses this conversation ({error})") from error
-        return texts[0], [tuple(s) for s in spans[0]] if self.marks_turns else []
+        return str(texts[0])
+
+    def _marked(self, messages: Sequence[Message], text: str) -> list[Span]:
+        """Return the spans of the ``{% generation %}`` blocks in ``text``, the rendering."""
+        pieces = re.split(f"([{OPEN}{CLOSE}])", self._render(self._signed, messages))
+        if "".join(pieces[::2]) != text or pieces[1::2] != [OPEN, CLOSE] * (len(pieces) // 4):
+            raise RowError(
+                "the template's {% generation %} blocks cannot be located exactly (they are nested or inside a filter, say); mend "
+                "the template or give another by model.chat_template"
+            )
+        edges = np.cumsum([len(piece) for piece in pieces[::2]]).tolist()
+        return list(zip(edges[0::2], edges[1::2], strict=False))
 
     def _between_placeholders(self, messages: Sequence[Message], turns: list[int], text: str) -> list[Span]:
         """Locate turns by rendering with placeholders: all at once, else one by one, else after the generation prompt."""
@@ -182,12 +238,14 @@ class Template:
         prompt = self.render(messages[:i], generation_prompt=True)
         if prompt == bare or not upto.startswith(prompt) or not text.startswith(upto):
             return None
-        turn = upto[len(prompt) :].rstrip()
-        return len(prompt), len(prompt) + len(turn.removesuffix(self.end_of_turn.strip()).rstrip())
-
-    def _end_of(self, text: str, stop: int) -> int:
-        """Return the end of a span that takes in the end-of-turn token behind it."""
-        return stop + len(self.end_of_turn) if self.end_of_turn and text.startswith(self.end_of_turn, stop) else stop
+        closing = self._closing(messages)
+        if not upto[len(prompt) :].endswith(closing):
+            return None
+        # What the template itself puts between prompt and content (Qwen3's empty reasoning block) is no part of the turn.
+        bare_turn = self.render([*messages[:i], {**messages[i], "content": _placeholder(i)}])
+        lead = bare_turn.removeprefix(prompt).partition(_placeholder(i))[0]
+        start = len(prompt) + (len(lead) if upto.startswith(lead, len(prompt)) else 0)
+        return start, len(upto) - len(closing)
 
     def _rewritten(self, turn: int) -> RowError:
         return RowError(
@@ -199,8 +257,8 @@ class Template:
 class TokenMask:
     """Which tokens of a text hold characters of given spans.
 
-    Byte-level tokenizers are mapped through the byte length of each token, which is exact where the tokenizer's own offsets
-    leave out spaces; other tokenizers through their offsets, a skipped character counting to the token after it.
+    Offsets come from a copy of the tokenizer without its post-processor, which shortens them (ByteLevel and Roberta leave out
+    spaces); a character that the tokenizer drops belongs to no token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -208,15 +266,12 @@ class TokenMask:
             raise UserError(
                 f"{tokenizer.name_or_path}: not a fast tokenizer; exact masks need one with a tokenizer.json."
             )
-        self.tokenizer = tokenizer
-        self._bytes: NDArray[np.int64] | None = None
-        if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
-            vocabulary = tokenizer.get_vocab()
-            self._bytes = np.zeros(max(vocabulary.values()) + 1, np.int64)
-            for token, i in vocabulary.items():
-                self._bytes[i] = len(token)
-            for i, token in tokenizer.added_tokens_decoder.items():
-                self._bytes[i] = len(token.content.encode())
+        backend = tokenizer.backend_tokenizer
+        self._tokenizer = type(backend).from_str(backend.to_str())
+        self._tokenizer.post_processor = None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = backend.encode_special_tokens
 
     def encode(self, text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenise a rendering.
@@ -228,24 +283,14 @@ class TokenMask:
         Returns:
             Token ids [T] and, for each, whether it holds a character of a span [T].
         """
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(encoding["input_ids"], np.int32)
-        starts, stops, unit = self._edges(text, ids, encoding["offset_mapping"])
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.asarray(encoding.ids, np.int32)
+        starts, stops = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
         mask = np.zeros(len(ids), np.bool_)
         for a, b in spans:
-            mask |= (starts < unit(b)) & (stops > unit(a))
+            if a < b:
+                mask |= (starts < b) & (stops > a)
         return ids, mask
-
-    def _edges(self, text: str, ids: NDArray[np.int32], offsets: Any) -> Any:
-        """Return where each token starts and stops, and the map from characters to the same unit."""
-        if self._bytes is not None:
-            stops = np.cumsum(self._bytes[ids])
-            if (int(stops[-1]) if len(stops) else 0) == len(text.encode()):
-                return stops - self._bytes[ids], stops, lambda char: len(text[:char].encode())
-        pairs = np.asarray(offsets, np.int64).reshape(-1, 2)
-        stops = np.maximum.accumulate(pairs[:, 1]) if len(pairs) else pairs[:, 1]
-        starts = np.minimum(pairs[:, 0], np.concatenate([[0], stops[:-1]])[: len(pairs)])
-        return starts, stops, lambda char: char
 
 
 def _placeholder(i: int) -> str:

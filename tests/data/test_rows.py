@@ -377,7 +377,7 @@ def test_overlong_drop(tmp_path: Path, cache_dir: Path) -> None:
     file.write_bytes(lines(*MIXED))
     samples, said = tokenised(config_of(file, cache_dir, "data.max_length=64", "data.overlong=drop"))
     assert samples.lengths.tolist() == [34, 64]
-    assert samples.num_trained.tolist() == [11, 11]
+    assert samples.summary.trained_tokens == 22
     assert [samples[i].trained.tolist() for i in range(2)] == [[[22, 33]], [[52, 63]]]
     assert said == [
         "data: 2 of 4 rows used, 2 dropped (longer than 64 tokens); 98 tokens, 22.4% trained, longest 64 (format messages)"
@@ -389,7 +389,7 @@ def test_overlong_truncate(tmp_path: Path, cache_dir: Path) -> None:
     file.write_bytes(lines(*MIXED))
     samples, said = tokenised(config_of(file, cache_dir, "data.max_length=64", "data.overlong=truncate"))
     assert samples.lengths.tolist() == [34, 64, 64]
-    assert samples.num_trained.tolist() == [11, 35, 11]
+    assert samples.summary.trained_tokens == 57
     assert [samples[i].trained.tolist() for i in range(3)] == [[[22, 33]], [[29, 64]], [[52, 63]]]
     summary = samples.summary
     assert (summary.read, summary.used, summary.cut) == (4, 3, 1)
