@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from engine.config.schema import LoggerSection
 
@@ -28,16 +28,19 @@ class JsonLines:
     """metrics.jsonl: one object a line."""
 
     def __init__(self, file: Path) -> None:
-        self._stream = file.open("a", buffering=1)
+        self._file = file
+        self._stream: TextIO | None = None  # opened with the first line: a resumed run cuts the file before
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line; what is not finite becomes null, as JSON wants."""
+        self._stream = self._stream or self._file.open("a", buffering=1)
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._stream.write(json.dumps({"step": step, **row}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 class Console:

@@ -30,7 +30,7 @@ class BeforeAndAfter(Callback):
         after = self._answers(control)
         before = self.before or [""] * len(after)
         control.say("\nheld-out prompt → before | after | right answer")
-        for i in range(0, len(self.rows), max(1, len(self.rows) // SHOWN)):
+        for i in range(0, len(self.rows), len(self.rows) // SHOWN + 1):
             question, right = (m["content"] for m in self.rows[i]["messages"])
             control.say(f"  {question} → {_short(before[i])} | {_short(after[i])} | {right}")
         was = f"{self._score(before):.1%} → " if self.before else ""

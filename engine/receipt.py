@@ -36,14 +36,14 @@ def receipt(config: RunConfig, samples: dict[str, Samples], device: str) -> dict
     Args:
         config: The recipe.
         samples: Tokenised data by split; a fingerprint covers rows, tokenizer, template and settings.
-        device: Name of the device.
+        device: "cpu" or "cuda".
     """
     return {
         "data": {split: s.fingerprint for split, s in samples.items()},
         "weights": weights_fingerprint(config),
         "code": _code(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {"machine": platform.machine(), "device": device, "cores": os.cpu_count()},
+        "hardware": {"machine": platform.machine(), "device": _device(device), "cores": os.cpu_count()},
         "samples": {split: vars(s.summary) for split, s in samples.items()},
     }
 
@@ -66,6 +66,14 @@ def weights_fingerprint(config: RunConfig) -> str:
                 stream.seek(start)
                 digest.update(stream.read(BLOCK))
     return digest.hexdigest()
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.checkpoint import Checkpoints, TrainState, written_aside
 from engine.config.schema import RunConfig
 from engine.data.loader import Loader
-from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError, UserError
 from engine.metrics import Console, Logger
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
@@ -73,7 +73,6 @@ class Trainer:
     state: TrainState
 
     def __post_init__(self) -> None:
-        self.state.total_steps = total_steps(self.config, self.train)
         self.control = Control(
             config=self.config,
             run_dir=self.folder.path,
@@ -239,13 +238,21 @@ class Trainer:
 
 
 def total_steps(config: RunConfig, train: Loader) -> int:
-    """Return how many steps the run does: the steps or the epochs, whichever come first."""
-    limits = []
-    if config.algorithm.max_num_steps is not None:
-        limits.append(config.algorithm.max_num_steps)
-    if config.algorithm.max_num_epochs is not None:
-        limits.append(math.floor(config.algorithm.max_num_epochs * train.plan.steps_per_epoch))
-    return min(limits)
+    """Return how many steps the run does: the steps or the epochs, whichever come first.
+
+    Raises:
+        UserError: If the epochs are less than one step.
+    """
+    steps, epochs = config.algorithm.max_num_steps, config.algorithm.max_num_epochs
+    if epochs is None:
+        assert steps is not None  # the recipe's check has seen to it
+        return steps
+    from_epochs = math.floor(epochs * train.plan.steps_per_epoch)
+    if not from_epochs:
+        raise UserError(
+            f"algorithm.max_num_epochs={epochs}: less than one of {train.plan.steps_per_epoch} steps; raise it."
+        )
+    return from_epochs if steps is None else min(steps, from_epochs)
 
 
 def evaluate(backend: Backend, objective: Objective, val: Loader, val_batches: int) -> dict[str, float]:

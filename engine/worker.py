@@ -8,15 +8,14 @@ from pathlib import Path
 
 from engine import backends, checkpoint, metrics, objectives
 from engine.checkpoint import Checkpoints, TrainState
-from engine.config.checks import packing_problem
 from engine.config.schema import RunConfig
 from engine.data import cache
-from engine.data.loader import train_loader, val_loader
+from engine.data.loader import Loader, train_loader, val_loader
 from engine.errors import EXIT_DONE, RunError, UserError
 from engine.receipt import receipt
 from engine.run_folder import RunFolder
 from engine.train import Trainer, total_steps
-from engine.types import Callback
+from engine.types import Backend, Callback
 
 PROBE_SAMPLES = 3
 
@@ -38,20 +37,38 @@ def main(config: RunConfig, recipe: str, device_name: str) -> int:
     folder = RunFolder(config, recipe)
     loggers: list[metrics.Logger] = []
     try:
-        source = _resume_from(config, folder)
-        state = checkpoint.read_state(source) if source is not None else TrainState()
-        if source is not None and source.parent == folder.checkpoints:
-            folder.cut_metrics(state.step)
         console, loggers = metrics.build(config.logger, folder.path)
         console.say(f"run folder {folder.path}")
-        trainer = _build(config, folder, console, loggers, state, device_name)
+        callbacks = [_callback(spec) for spec in config.run.callbacks]
+        source = _resume_from(config, folder)
+        state = checkpoint.read_state(source) if source is not None else TrainState()
+        samples = _samples(config, folder, console)
+        train, val = _loaders(config, samples)
+        state.total_steps = total_steps(config, train)
+        folder.write_recipe(receipt(config, samples, device_name))
+        if source is not None and state.step >= state.total_steps and (folder.hf / "config.json").is_file():
+            console.say(f"already finished: {state.step} steps; weights in {folder.hf}")
+            return EXIT_DONE
+        backend = _backend(config, samples["train"], device_name)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+        checkpoints.check_space(backend)
         if source is not None:
-            if _finished(trainer, folder):
-                console.say(f"already finished: {state.step} steps; weights in {folder.hf}")
-                return EXIT_DONE
-            trainer.backend.load(source)
-            console.say(f"resuming after step {state.step} of {trainer.state.total_steps} from {source}")
-        return trainer.run()
+            backend.load(source)
+            folder.cut_metrics(state.step)
+            console.say(f"resuming after step {state.step} of {state.total_steps} from {source}")
+        return Trainer(
+            config=config,
+            backend=backend,
+            objective=objectives.build(config.algorithm),
+            train=train,
+            val=val,
+            folder=folder,
+            checkpoints=checkpoints,
+            console=console,
+            loggers=loggers,
+            callbacks=callbacks,
+            state=state,
+        ).run()
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise RunError(f"out of memory: {remedy(config)}.") from error
@@ -62,67 +79,43 @@ def main(config: RunConfig, recipe: str, device_name: str) -> int:
         folder.release()
 
 
-def _build(
-    config: RunConfig,
-    folder: RunFolder,
-    console: metrics.Console,
-    loggers: list[metrics.Logger],
-    state: TrainState,
-    device_name: str,
-) -> Trainer:
-    """Prepare the data, build the backend and prove it on a few samples."""
-    data, algorithm = config.data, config.algorithm
-    callbacks = [_callback(spec) for spec in config.run.callbacks]
-    splits = ["train", "val"] if data.val_path is not None else ["train"]
-    samples = {split: cache.prepare(config, split, folder.path, console.say) for split in splits}
-    for split in splits:
-        problem = packing_problem(config, int(samples[split].lengths.max()))
-        if problem:
-            raise UserError(problem)
+def _samples(config: RunConfig, folder: RunFolder, console: metrics.Console) -> dict[str, cache.Samples]:
+    """Return the tokenised data by split, made now where the cache has none."""
+    splits = ["train", "val"] if config.data.val_path is not None else ["train"]
+    return {split: cache.prepare(config, split, folder.path, console.say) for split in splits}
+
+
+def _loaders(config: RunConfig, samples: dict[str, cache.Samples]) -> tuple[Loader, Loader | None]:
+    """Return the loaders of training and validation data."""
+    data, algorithm, sizes = config.data, config.algorithm, config.train
     train = train_loader(
         samples["train"],
         data,
-        batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        batch_size=sizes.global_batch_size,
+        micro_batch_size=sizes.micro_batch_size,
         seed=config.run.seed,
     )
-    val = None
-    if "val" in samples:
-        val = val_loader(
-            samples["val"],
-            data,
-            batch_size=algorithm.val_global_batch_size or config.train.global_batch_size,
-            micro_batch_size=algorithm.val_micro_batch_size or config.train.micro_batch_size,
-        )
-    if total_steps(config, train) == 0 and algorithm.max_num_steps != 0:
-        raise UserError(
-            f"algorithm.max_num_epochs={algorithm.max_num_epochs}: less than one step of train.global_batch_size="
-            f"{config.train.global_batch_size} on {len(samples['train'])} samples; raise it."
-        )
+    if "val" not in samples:
+        return train, None
+    val = val_loader(
+        samples["val"],
+        data,
+        batch_size=algorithm.val_global_batch_size or sizes.global_batch_size,
+        micro_batch_size=algorithm.val_micro_batch_size or sizes.micro_batch_size,
+    )
+    return train, val
+
+
+def _backend(config: RunConfig, samples: cache.Samples, device_name: str) -> Backend:
+    """Build the backend and prove it on a few samples."""
     import torch
 
-    device = torch.device(device_name)
     if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
-    folder.write_recipe(receipt(config, samples, torch.cuda.get_device_name() if device.type == "cuda" else "cpu"))
-    backend = backends.build(config, device)
+    backend = backends.build(config, torch.device(device_name))
     if config.run.probe:
-        backend.probe([samples["train"][i] for i in range(min(PROBE_SAMPLES, len(samples["train"])))])
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-    checkpoints.check_space(backend)
-    return Trainer(
-        config=config,
-        backend=backend,
-        objective=objectives.build(algorithm),
-        train=train,
-        val=val,
-        folder=folder,
-        checkpoints=checkpoints,
-        console=console,
-        loggers=loggers,
-        callbacks=callbacks,
-        state=state,
-    )
+        backend.probe([samples[i] for i in range(min(PROBE_SAMPLES, len(samples)))])
+    return backend
 
 
 def _resume_from(config: RunConfig, folder: RunFolder) -> Path | None:
@@ -133,10 +126,6 @@ def _resume_from(config: RunConfig, folder: RunFolder) -> Path | None:
     if config.run.resume in ("auto", "never"):
         return None
     return checkpoint.find(Path(config.run.resume).expanduser())
-
-
-def _finished(trainer: Trainer, folder: RunFolder) -> bool:
-    return trainer.state.step >= trainer.state.total_steps and (folder.hf / "config.json").is_file()
 
 
 def _callback(spec: str) -> Callback:

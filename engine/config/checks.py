@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.names import stop
-from engine.config.schema import RunConfig, max_tokens_per_micro_batch
+from engine.config.schema import RunConfig
 
 BUILTIN = "builtin:"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -154,13 +154,3 @@ def _check_model(config: RunConfig) -> tuple[list[str], dict[str, Any]]:
             f"model.path={path}: a model of several modalities; give the folder of a text-only causal model."
         )
     return problems, {**fields, **config.model.config_overrides}
-
-
-def packing_problem(config: RunConfig, longest: int) -> str | None:
-    """Return a sentence if a sample of ``longest`` tokens fits no packed micro-batch."""
-    capacity = max_tokens_per_micro_batch(config.data)
-    if config.data.packing.enabled and longest > capacity:
-        return (
-            f"data.packing.max_tokens={capacity} is below the longest sample ({longest} tokens): raise it to {longest}."
-        )
-    return None
