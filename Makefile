@@ -1,5 +1,5 @@
 # Everything sets itself up: a virtual environment, the pinned packages, then the work.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 BIN = $(VENV)/bin

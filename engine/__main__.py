@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {line}" if not line.startswith("  ") else line, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted before training began; nothing was lost.", file=sys.stderr)
+        print(
+            "error: interrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr
+        )
         return EXIT_ERROR
 
 
@@ -64,11 +67,23 @@ def sweep(overrides: list[str]) -> int:
         words = [w for w in point if not w.startswith("run.dir=")]
         varying = [w for w in words if any(w not in other for other in points)]
         print(f"{folder}: {' '.join(varying)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "engine", *words, f"run.dir={folder}"], check=False).returncode
+        code = _run_child([sys.executable, "-m", "engine", *words, f"run.dir={folder}"])
         if code == EXIT_STOPPED:
             return code
-        worst = max(worst, EXIT_DONE if code == EXIT_DONE else EXIT_ERROR)
+        worst = worst or code
     return worst
+
+
+def _run_child(command: list[str]) -> int:
+    """Run one point of a sweep; signals that ask to stop are its to answer."""
+    child = subprocess.Popen(command)
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    before = {n: signal.signal(n, lambda number, frame: child.send_signal(number)) for n in asked}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ class TrainState:
     """Newest validation loss since the checkpoint before."""
     metric: float | None = None
     """Newest value of checkpoint.metric since the checkpoint before."""
+    finished: bool = False
+    """Whether this is the last checkpoint of a run that was done, by its steps or by a callback."""
 
 
 class Checkpoints:
@@ -54,7 +57,7 @@ class Checkpoints:
         self.folder = folder
         self.section = section
         for partial in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial)
+            _clear(partial, folder / partial.name.removeprefix(f"{PARTIAL}old-"))
 
     def save(self, state: TrainState, backend: Backend) -> Path:
         """Write a checkpoint; it is whole when its folder has its name.
@@ -84,10 +87,10 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return all checkpoints, oldest first."""
-        return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []
+        return all_in(self.folder)
 
     def check_space(self, backend: Backend) -> None:
-        """Refuse to start where the checkpoints that are kept would not fit the disk.
+        """Refuse to start where the checkpoints that are kept, and the one that replaces the oldest, would not fit the disk.
 
         Raises:
             UserError: Naming the folder and what is missing.
@@ -95,21 +98,22 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         size = backend.checkpoint_bytes()
         free = shutil.disk_usage(self.folder).free
-        if free < 2 * size:
+        most = self.section.keep_last + self.section.keep_best + 1
+        if free < max(1, most - len(self.all())) * size:
             raise UserError(
                 f"run.dir={self.folder.parent}: {free / 2**30:.2f} GiB free, and a checkpoint takes {size / 2**30:.2f} GiB "
-                "(two exist while one replaces the other); free some space or choose another folder."
+                "({most} of them exist at times); free some space, choose another folder or lower checkpoint.keep_last."
             )
 
     def _prune(self) -> None:
         checkpoints = self.all()
         keep = set(checkpoints[-self.section.keep_last :])
-        scored = [(m, c) for c in checkpoints if (m := read_state(c).metric) is not None]
+        scored = [(m, c) for c in checkpoints if (m := read_state(c).metric) is not None and math.isfinite(m)]
         best = sorted(scored, key=lambda item: item[0], reverse=self.section.mode == "max")
         keep |= {c for _, c in best[: self.section.keep_best]}
         for checkpoint in checkpoints:
             if checkpoint not in keep:
-                aside = checkpoint.with_name(f"{PARTIAL}old-{checkpoint.name}")
+                aside = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
                 os.rename(checkpoint, aside)
                 shutil.rmtree(aside)
 
@@ -122,21 +126,27 @@ def written_aside(target: Path) -> Iterator[Path]:
     """
     aside, old = (target.with_name(f"{PARTIAL}{kind}{target.name}") for kind in ("", "old-"))
     for folder in (aside, old):
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder, target)
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.iterdir():
-            file.chmod(0o666 & ~UMASK)  # safetensors makes its files private
-            _sync(file)
+        for path in aside.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~UMASK)  # safetensors makes its files private
+            _sync(path)
         _sync(aside)
         if target.exists():
             os.rename(target, old)
         os.rename(aside, target)
         _sync(target.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _clear(old, target)
+        _clear(aside, target)
+
+
+def all_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder of them, oldest first."""
+    return sorted(folder.glob("step_*")) if folder.is_dir() else []
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -159,7 +169,7 @@ def find(folder: Path) -> Path:
     """
     if (folder / "state.json").is_file():
         return folder
-    inside = sorted((folder / "checkpoints").glob("step_*")) or sorted(folder.glob("step_*"))
+    inside = all_in(folder / "checkpoints") or all_in(folder)
     if not inside:
         raise UserError(f"{folder}: neither a checkpoint nor a run folder with checkpoints.")
     return inside[-1]
@@ -168,6 +178,13 @@ def find(folder: Path) -> Path:
 def is_disk_full(error: BaseException) -> bool:
     """Tell a full disk from other failures; safetensors reports it in words."""
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error)
+
+
+def _clear(leftover: Path, target: Path) -> None:
+    """Remove what a crash left behind; a folder that was moved away for its successor goes back if that never came."""
+    if leftover.name.startswith(f"{PARTIAL}old-") and leftover.exists() and not target.exists():
+        os.rename(leftover, target)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -11,38 +11,36 @@ from engine.errors import EXIT_DONE, RunError, UserError
 
 
 def export(source: Path, out: Path) -> Path:
-    """Write a checkpoint's weights as ``AutoModelForCausalLM.from_pretrained`` loads them.
+    """Write a checkpoint's weights as ``AutoModelForCausalLM.from_pretrained`` loads them, in the type they were trained in.
 
     Args:
-        source: A checkpoint, or a run folder for its newest one; the run's recipe.yaml says which model it is.
+        source: A checkpoint, or a run folder for its newest one. Nothing else of the run is needed.
         out: Folder to write, empty or not yet there.
 
     Returns:
         The checkpoint that was taken.
 
     Raises:
-        UserError: If ``source`` is no checkpoint of a run, or ``out`` holds something.
+        UserError: If ``source`` is no checkpoint, or ``out`` holds something or cannot be written.
     """
-    from engine.config.schema import RunConfig
-
     found = checkpoint.find(source)
-    recipe = found.parent.parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{found}: no recipe.yaml two folders up; a checkpoint is exported from inside its run folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: the folder is not empty; choose another.")
-    import torch
-    import yaml
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: not an empty folder; choose another.")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from engine.backends.torch_backend import TorchBackend
+    from engine.backends import hf_model
 
-    fields = yaml.safe_load(recipe.read_text())
-    fields["run"].update(dir=str(out), resume="never")
-    fields["model"].update(init="random")
-    backend = TorchBackend(RunConfig.model_validate(fields), torch.device("cpu"))
-    backend.load(found)
-    with checkpoint.written_aside(out) as aside:
-        backend.export(aside)
+    config = AutoConfig.from_pretrained(found)
+    dtype, config.dtype = config.dtype, None
+    weights = hf_model.load_weights(found / "model.safetensors")
+    model = AutoModelForCausalLM.from_config(config)
+    try:
+        with checkpoint.written_aside(out) as aside:
+            hf_model.write(model, weights, AutoTokenizer.from_pretrained(found), aside, dtype)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror or error}); choose another folder."
+        ) from error
     return found
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from engine.config.checks import local_model_folder
+from engine.config.schema import ModelSection
 from engine.errors import UserError
 
 TOKENIZER_FILES = [
@@ -14,7 +16,7 @@ TOKENIZER_FILES = [
     "chat_template.*",
     "tokenizer.model",
 ]
-CONFIG_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+CONFIG_FILES = ["config.json", "generation_config.json", "*.py", *TOKENIZER_FILES]
 
 
 def folder(path: str, revision: str | None, *, weights: bool) -> Path:
@@ -34,6 +36,7 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -41,14 +44,39 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
 
     patterns = CONFIG_FILES + (["*.safetensors", "*.safetensors.index.json"] if weights else [])
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        found = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
+        return Path(found)
     except RevisionNotFoundError as error:
         raise UserError(f"model.revision={revision}: {path} has no such revision.") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{path}: no such repository on the hub, or it is gated; log in with `hf auth login`."
         ) from error
+    except HFValidationError as error:
+        raise UserError(f"{path}: neither a folder here nor a hub id (owner/name).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{path}: neither a folder here nor in the hub's cache, and the hub does not answer; check the name or the network."
         ) from error
+
+
+def tokenizer_folder(section: ModelSection) -> Path:
+    """Return the folder of the recipe's tokenizer: its own, or the model's at the model's revision."""
+    if section.tokenizer is not None:
+        return folder(section.tokenizer, None, weights=False)
+    return folder(section.path, section.revision, weights=False)
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """Load the recipe's tokenizer.
+
+    Raises:
+        UserError: If there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    where = tokenizer_folder(section)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}).") from error

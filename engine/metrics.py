@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -54,6 +55,11 @@ class Console:
         self._progress: Any = None
         self._last_line = 0.0
         self._total_steps = 0
+
+    def note(self, text: str) -> None:
+        """Write a line to log.txt alone."""
+        with suppress(OSError):  # on a full disk the console still says it
+            self._log.write(text + "\n")
 
     def say(self, text: str) -> None:
         """Write a line, above the bar."""

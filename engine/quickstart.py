@@ -28,12 +28,12 @@ class BeforeAndAfter(Callback):
     def on_train_end(self, control: Control) -> None:
         """Answer again, and show a few prompts with both answers and what to try next."""
         after = self._answers(control)
-        before = self.before or [""] * len(after)
-        control.say("\nheld-out prompt → before | after | right answer")
+        control.say("\nheld-out prompt → " + ("before | " if self.before else "") + "after | right answer")
         for i in range(0, len(self.rows), len(self.rows) // SHOWN + 1):
             question, right = (m["content"] for m in self.rows[i]["messages"])
-            control.say(f"  {question} → {_short(before[i])} | {_short(after[i])} | {right}")
-        was = f"{self._score(before):.1%} → " if self.before else ""
+            said = f"{_short(self.before[i])} | " if self.before else ""
+            control.say(f"  {question} → {said}{_short(after[i])} | {right}")
+        was = f"{self._score(self.before):.1%} → " if self.before else ""
         control.say(f"\nexact match on {len(self.rows)} held-out prompts: {was}{self._score(after):.1%}")
         hf = control.run_dir / "hf"
         control.say(

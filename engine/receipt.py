@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,7 @@ def _code() -> dict[str, Any]:
             digest.update(file.relative_to(root.parent).as_posix().encode() + file.read_bytes())
     commit = None
     if (root.parent / ".git").exists():
-        done = subprocess.run(
-            ["git", "-C", str(root.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = done.stdout.strip() or None
+        command = ["git", "-C", str(root.parent), "rev-parse", "HEAD"]
+        with suppress(FileNotFoundError):  # a checkout without git: the hash of the files must do
+            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {"commit": commit, "sha256": digest.hexdigest()}

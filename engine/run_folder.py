@@ -12,11 +12,22 @@ from typing import Any
 
 import yaml
 
+from engine import checkpoint
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 
-RESUMABLE = ("algorithm.max_num_steps", "algorithm.max_num_epochs", "logger", "cluster", "checkpoint")
-"""Keys, and groups, that may differ between a run and its continuation."""
+RESUMABLE = {
+    "algorithm.max_num_steps",
+    "algorithm.max_num_epochs",
+    "logger",
+    "cluster",
+    "checkpoint",
+    "data.cache",
+    "data.cache_dir",
+    "data.num_workers",
+    "run.probe",
+}
+"""Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
 
 
 class RunFolder:
@@ -57,22 +68,46 @@ class RunFolder:
         """Folder of the final weights."""
         return self.path / "hf"
 
-    def write_recipe(self, lock: dict[str, Any]) -> None:
-        """Write recipe.yaml and lock.json.
+    def check_receipt(self, lock: dict[str, Any]) -> None:
+        """Refuse to go on with other data or weights than the run began with.
 
         Raises:
-            UserError: If the run's data has changed since it began.
+            UserError: Saying which.
         """
-        before = self._read_lock()
-        if before is not None:
-            for name in ("data", "weights"):
-                if before.get(name) != lock.get(name):
-                    raise UserError(
-                        f"run.dir={self.path}: the {name} changed since the run began (lock.json says {before.get(name)}, now it "
-                        f"is {lock.get(name)}); restore it, or start afresh in another run.dir."
-                    )
+        file = self.path / "lock.json"
+        if not checkpoint.all_in(self.checkpoints) or not file.is_file():
+            return
+        before = json.loads(file.read_text())
+        for name, what in (("data", "data, tokenizer or template"), ("weights", "initial weights")):
+            if before.get(name) != lock.get(name):
+                raise UserError(
+                    f"run.dir={self.path}: the {what} changed since the run began (lock.json: {before.get(name)}, now "
+                    f"{lock.get(name)}); restore it, or start afresh in another run.dir."
+                )
+
+    def write_recipe(self, lock: dict[str, Any]) -> None:
+        """Write recipe.yaml and lock.json."""
         self._replace("recipe.yaml", self.recipe)
         self._replace("lock.json", json.dumps(lock, indent=2, sort_keys=True) + "\n")
+
+    def check_same_recipe(self, file: Path, where: str) -> None:
+        """Refuse to continue a run of another recipe.
+
+        Args:
+            file: Its recipe.yaml; nothing is checked where there is none.
+            where: Key and value to name.
+
+        Raises:
+            UserError: With the difference.
+        """
+        if not file.is_file():
+            return
+        differences = difference(yaml.safe_load(file.read_text()), yaml.safe_load(self.recipe))
+        if differences:
+            shown = "".join(f"\n  {key}: {old!r} → {new!r}" for key, old, new in differences)
+            raise UserError(
+                f"{where}: holds a run of another recipe; restore these keys to continue it, or choose another folder:{shown}"
+            )
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie past a step, and a line that a crash left unfinished."""
@@ -97,7 +132,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+                raise UserError(
+                    f"run.dir={self.path}: its file system has no locks ({error.strerror}); choose a folder on another one."
+                ) from error
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             raise UserError(
@@ -108,26 +145,11 @@ class RunFolder:
         self._lock.flush()
 
     def _check_recipe(self, config: RunConfig) -> None:
-        has_run = any(self.checkpoints.glob("step_*")) if self.checkpoints.is_dir() else False
-        if has_run and config.run.resume == "never":
-            raise UserError(f"run.dir={self.path}: holds a run already, and run.resume=never; choose another folder.")
-        file = self.path / "recipe.yaml"
-        if not has_run or not file.is_file():
+        if not checkpoint.all_in(self.checkpoints):
             return
-        differences = difference(yaml.safe_load(file.read_text()), yaml.safe_load(self.recipe))
-        if differences:
-            shown = "".join(f"\n  {key}: {old!r} → {new!r}" for key, old, new in differences)
-            raise UserError(
-                f"run.dir={self.path}: holds a run of another recipe; restore these keys to continue it, or choose another "
-                f"folder:{shown}"
-            )
-
-    def _read_lock(self) -> dict[str, Any] | None:
-        file = self.path / "lock.json"
-        if not self.checkpoints.is_dir() or not any(self.checkpoints.glob("step_*")) or not file.is_file():
-            return None
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+        if config.run.resume == "never":
+            raise UserError(f"run.dir={self.path}: holds a run already, and run.resume=never; choose another folder.")
+        self.check_same_recipe(self.path / "recipe.yaml", f"run.dir={self.path}")
 
     def _replace(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.tmp"

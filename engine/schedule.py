@@ -6,6 +6,9 @@ import math
 
 from engine.config.schema import SchedulerSection
 
+WARMUP_RATIO = 0.03
+"""Where a recipe sets neither warmup_ratio nor warmup_steps."""
+
 
 def learning_rate(step: int, total_steps: int, peak: float, section: SchedulerSection) -> float:
     """Return the learning rate of a step.
@@ -16,9 +19,7 @@ def learning_rate(step: int, total_steps: int, peak: float, section: SchedulerSe
         peak: ``optimizer.lr``.
         section: Shape, warm-up and floor.
     """
-    warmup = (
-        section.warmup_steps if section.warmup_steps is not None else round((section.warmup_ratio or 0.0) * total_steps)
-    )
+    warmup = section.warmup_steps if section.warmup_steps is not None else round(_ratio(section) * total_steps)
     if step <= warmup:
         return peak * step / warmup
     if section.name == "constant":
@@ -29,3 +30,7 @@ def learning_rate(step: int, total_steps: int, peak: float, section: SchedulerSe
     done = min(1.0, max(0.0, (step - (total_steps - decay) - 1) / decay))
     share = (1 + math.cos(math.pi * done)) / 2 if section.name == "cosine" else 1 - done
     return section.min_lr + (peak - section.min_lr) * share
+
+
+def _ratio(section: SchedulerSection) -> float:
+    return WARMUP_RATIO if section.warmup_ratio is None else section.warmup_ratio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -23,13 +23,20 @@ MOST_SKIPPED = 5
 """Steps in a row that may be lost to a loss or norm that is not finite."""
 
 
+class Stopped(RunError):
+    """A signal came before training began: there is nothing to save, and the same command starts again."""
+
+    exit_code = EXIT_STOPPED
+
+
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step; a second SIGINT interrupts at once."""
+    """SIGTERM, SIGINT and SIGUSR2 end the preparations at once, and training after its step; a second SIGINT interrupts."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.training = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -42,9 +49,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.training:
+            raise Stopped(f"stopped by {name} before training began; the same command starts again.")
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.signal = name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +94,14 @@ class Trainer:
         )
         self._pending: Pending | None = None
         self._since_save: dict[str, float] = {}
+        self._checkpoint_s: float | None = None
+        self._saved_step = self.state.step if self.checkpoints.newest() is not None else None
 
-    def run(self) -> int:
+    def run(self, stop: StopRequest) -> int:
         """Train to the end, or until a signal or a callback asks to stop.
+
+        Args:
+            stop: Notes the signals of this process.
 
         Returns:
             The exit code: 0, or 75 if a signal stopped the run with its checkpoint saved.
@@ -94,33 +109,31 @@ class Trainer:
         Raises:
             RunError: If losses stay non-finite, or the disk is full.
         """
-        config, state = self.config, self.state
-        with StopRequest() as stop:
-            self._call("on_train_begin")
-            if state.step == 0 and config.algorithm.val_at_start:
+        config, state, stop.training = self.config, self.state, True
+        self._call("on_train_begin")
+        if state.step == 0 and config.algorithm.val_at_start:
+            self._evaluate()
+        self.console.start(state.step, state.total_steps)
+        while state.step < state.total_steps and not self.control.should_stop and stop.signal is None:
+            self._step()
+            evaluate = self._due(config.algorithm.val_period) or self.control.should_evaluate
+            if evaluate:
                 self._evaluate()
-            self.console.start(state.step, state.total_steps)
-            while state.step < state.total_steps and not self.control.should_stop and stop.signal is None:
-                self._step()
-                last = state.step == state.total_steps or self.control.should_stop
-                if (
-                    self._due(config.algorithm.val_period)
-                    or self.control.should_evaluate
-                    or (last and config.algorithm.val_at_end)
-                ):
-                    self._evaluate()
-                if last or stop.signal or self._due(config.checkpoint.period) or self.control.should_save:
-                    self._save()
-            if stop.signal is not None and state.step < state.total_steps:
-                if (
-                    self.checkpoints.newest() is None
-                ):  # before the first step: what was asked for is a checkpoint all the same
-                    self._save()
-                self.console.say(
-                    f"stopped by {stop.signal} after step {state.step} of {state.total_steps}, checkpoint saved; "
-                    f"the same command with run.dir={self.folder.path} goes on from there."
-                )
-                return EXIT_STOPPED
+            last = state.step == state.total_steps or self.control.should_stop
+            if last and config.algorithm.val_at_end and not evaluate:
+                self._evaluate()
+            state.finished = last
+            if last or self._due(config.checkpoint.period) or self.control.should_save:
+                self._save()
+        stopped = stop.signal is not None and state.step < state.total_steps and not self.control.should_stop
+        if self._saved_step != state.step:
+            self._save()
+        if stopped:
+            self.console.say(
+                f"stopped by {stop.signal} after step {state.step} of {state.total_steps}, checkpoint saved; "
+                f"the same command with run.dir={self.folder.path} goes on from there."
+            )
+            return EXIT_STOPPED
         self._finish()
         return EXIT_DONE
 
@@ -128,12 +141,13 @@ class Trainer:
         """Do one optimizer step; read the figures of the step before."""
         state, started = self.state, time.perf_counter()
         per_epoch = self.train.plan.steps_per_epoch
+        self.control.epoch = state.step // per_epoch
         if state.step % per_epoch == 0:
             self._call("on_epoch_begin")
         self._call("on_step_begin")
         batches = self.train.step(state.step)
         loaded = time.perf_counter()
-        units = sum(self.objective.units(b.targets) for b in batches)
+        units = float(sum(self.objective.units(b.targets) for b in batches))
         lr = learning_rate(state.step + 1, state.total_steps, self.config.optimizer.lr, self.config.scheduler)
         result = self.backend.train_step(batches, self.objective, units, lr)
         self._advance(batches)
@@ -153,19 +167,21 @@ class Trainer:
             "perf/memory_gb": memory_gb(),
             "timing/data_s": loaded - started,
         }
+        if self._checkpoint_s is not None:
+            figures["timing/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, None
         self._pending = Pending(step=state.step, result=result, figures=figures)
         self._call("on_step_end")
         if state.step % per_epoch == 0:
             self._call("on_epoch_end")
 
     def _advance(self, batches: Sequence[MicroBatch]) -> None:
-        state, plan = self.state, self.train.plan
-        state.consumed_samples += len(plan.members(state.step))
+        state = self.state
+        state.consumed_samples += sum(len(b.targets.bounds) - 1 for b in batches)
         state.step += 1
-        state.epoch = state.step / plan.steps_per_epoch
+        state.epoch = state.step / self.train.plan.steps_per_epoch
         state.total_tokens += sum(b.num_tokens for b in batches)
         state.total_valid_tokens += sum(b.targets.num_tokens for b in batches)
-        self.control.step, self.control.epoch = state.step, int((state.step - 1) // plan.steps_per_epoch)
+        self.control.step = state.step
 
     def _flush(self) -> None:
         """Read and log the figures that are pending."""
@@ -186,8 +202,8 @@ class Trainer:
         self._log(pending.step, metrics)
         if skipped >= MOST_SKIPPED:
             raise RunError(
-                f"step {pending.step}: loss or gradient norm was not finite {skipped} times in a row; lower optimizer.lr or "
-                "train.max_grad_norm, or look at the data of these steps, and go on from the last checkpoint."
+                f"step {pending.step}: loss or gradient norm was not finite {skipped} times in a row; look at the data of these "
+                "steps, or start another run.dir with a lower optimizer.lr or train.max_grad_norm."
             )
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
@@ -216,7 +232,8 @@ class Trainer:
         self.state.metric = self._since_save.get(self.config.checkpoint.metric)
         started = time.perf_counter()
         checkpoint = self.checkpoints.save(self.state, self.backend)
-        self._since_save = {"timing/checkpoint_s": time.perf_counter() - started}
+        self._checkpoint_s = time.perf_counter() - started  # logged with the next step
+        self._saved_step, self._since_save = self.state.step, {}
         for callback in self.callbacks:
             callback.on_save(self.control, checkpoint)
 
@@ -247,7 +264,7 @@ def total_steps(config: RunConfig, train: Loader) -> int:
     if epochs is None:
         assert steps is not None  # the recipe's check has seen to it
         return steps
-    from_epochs = math.floor(epochs * train.plan.steps_per_epoch)
+    from_epochs = math.floor(epochs * train.plan.steps_per_epoch + 1e-9)  # 0.29 · 100 is 28.999…
     if not from_epochs:
         raise UserError(
             f"algorithm.max_num_epochs={epochs}: less than one of {train.plan.steps_per_epoch} steps; raise it."
@@ -263,15 +280,9 @@ def evaluate(backend: Backend, objective: Objective, val: Loader, val_batches: i
         for step in steps:
             yield from val.step(step)
 
-    units = total_units(objective, batches())
-    result = backend.evaluate(batches(), objective, units)
+    result = backend.evaluate(batches(), objective)
     sums = {f"validation/{name}": float(value) for name, value in result.sums.items()}
     return {"validation/loss": float(result.loss), **sums}
-
-
-def total_units(objective: Objective, batches: Iterable[MicroBatch]) -> float:
-    """Return the count that normalises a loss over these micro-batches."""
-    return sum(objective.units(b.targets) for b in batches)
 
 
 def memory_gb() -> float:

@@ -141,8 +141,8 @@ class Backend(Protocol):
         """Do forward, backward, clipping and update for one global batch."""
         ...
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective, global_units: float) -> StepMetrics:
-        """Compute the loss of a global batch without gradients."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
+        """Compute the loss over all micro-batches, normalised by their units, without gradients."""
         ...
 
     def probe(self, samples: Sequence[Sample]) -> None:

@@ -69,6 +69,8 @@ def linear_objective(
     Returns:
         The loss sum, a float32 scalar with a gradient, and the reported sums, without.
     """
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
+        weight_VH = weight_VH.detach()
     bounds = range(hidden_NH.shape[0] + 1) if group_bounds is None else group_bounds
     edges = chunk_edges(bounds, rows_per_chunk(weight_VH.shape[0], workspace_mb))
     if edges is None:

@@ -130,6 +130,25 @@ def test_bfloat16_run_exports_bfloat16_and_resumes(base: list[str], tmp_path: Pa
     assert json.loads((tmp_path / "a" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_export_needs_the_checkpoint_alone(base: list[str], tmp_path: Path, model_folder: Path) -> None:
+    """In the type it was trained in, with the template it was trained with, wherever the checkpoint was moved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from engine.export import export
+
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}")
+    overrides = [*base, "model.dtype=bfloat16", f"model.chat_template={template}", f"run.dir={tmp_path / 'run'}"]
+    assert engine.run(overrides) == 0
+    moved = (tmp_path / "run" / "checkpoints" / "step_00000004").rename(tmp_path / "moved")
+    text = template.read_text()
+    template.unlink()
+    export(moved, tmp_path / "out")
+    lm: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert lm.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == text
+
+
 def test_generate_answers(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.generate import main
 
@@ -196,7 +215,7 @@ def test_callbacks_see_and_ask(
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 6 and all(line["train/mine"] == 42.0 for line in lines)
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
-    with pytest.raises(UserError, match="cannot be built"):
+    with pytest.raises(UserError, match="cannot be imported"):
         engine.run([*base, "run.callbacks=[watcher:Nobody]", f"run.dir={tmp_path / 'x'}"])
     with pytest.raises(UserError, match="is no engine.types.Callback"):
         engine.run([*base, "run.callbacks=[json:JSONDecoder]", f"run.dir={tmp_path / 'y'}"])
@@ -315,6 +334,13 @@ def test_damaged_weights_are_named(base: list[str], model_folder: Path, tmp_path
     others = [o for o in base if not o.startswith("model.path")]
     with pytest.raises(UserError, match=r"model.path=.*: the model cannot be loaded"):
         engine.run([*others, f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"])
+
+
+def test_hub_data_without_network_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"someone/set is neither a file here nor a data set that the hub or its cache has"
+    ):
+        engine.run(["model=tiny", "data.train_path=someone/set", f"run.dir={tmp_path}"])
 
 
 def test_hub_model_without_network_is_one_sentence(tmp_path: Path) -> None:

@@ -102,7 +102,18 @@ def _flash(
     edges, longest = _device_edges(cu_seqlens, q.device)
     size = (-1, -1) if window is None else (window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
-        q, k, v, edges, edges, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=size
+        q,
+        k,
+        v,
+        edges,
+        edges,
+        longest,
+        longest,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        window_size=size,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out
 

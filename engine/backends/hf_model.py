@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import hub
 from engine.config.schema import ModelSection
 from engine.data.template import template_text
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 
 
 def compute_dtype(model: ModelSection, device: torch.device) -> torch.dtype:
@@ -61,7 +63,7 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
@@ -72,14 +74,14 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
     return loaded
 
 
-def write(model: Any, weights: dict[str, Tensor], section: ModelSection, folder: Path, dtype: torch.dtype) -> None:
+def write(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write weights, configuration, tokenizer and template as ``from_pretrained`` loads them.
 
     Args:
-        model: The model, its parameters of ``dtype``.
-        weights: What to write for them, by name, tied ones once.
-        section: The recipe's model, for the tokenizer and the template.
-        folder: Made if it is not there.
+        model: The model.
+        weights: What to write for its parameters, by name, tied ones once.
+        tokenizer: With the template that was trained.
+        folder: An empty folder.
         dtype: Of the written floating-point weights.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -89,15 +91,32 @@ def write(model: Any, weights: dict[str, Tensor], section: ModelSection, folder:
         for name, w in {**weights, **buffers}.items()
     }
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
-    load_tokenizer(section).save_pretrained(folder)
+    write_description(model, tokenizer, folder, dtype)
 
 
-def load_tokenizer(section: ModelSection) -> Any:
+def write_description(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json, naming ``dtype``, and the tokenizer."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file of a checkpoint.
+
+    Raises:
+        RunError: If it is missing or not whole.
+    """
+    try:
+        return load_file(file, device)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file.parent}: the checkpoint cannot be read ({error}); resume from another one.") from error
+
+
+def trained_tokenizer(section: ModelSection) -> Any:
     """Return the tokenizer with the template that the recipe trains."""
-    from transformers import AutoTokenizer
-
-    folder = hub.folder(section.tokenizer or section.path, section.revision, weights=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    tokenizer = hub.load_tokenizer(section)
     text = template_text(section)
     if text != "default":
         tokenizer.chat_template = text or "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -116,14 +135,14 @@ def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]
     Returns:
         The text of each answer, without special tokens.
     """
-    was_training, attention = lm.training, lm.config._attn_implementation
-    lm.eval()
-    lm.set_attn_implementation("sdpa")
     tokenizer.padding_side = "left"
     tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(lm.device)
+    was_training, attention = lm.training, lm.config._attn_implementation
     try:
+        lm.eval()
+        lm.set_attn_implementation("sdpa")
         with torch.no_grad():
             out = lm.generate(
                 **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

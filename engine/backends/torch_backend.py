@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.backends import attention, hf_model
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
-from engine.errors import RunError, UserError
+from engine.errors import UserError
 from engine.types import MicroBatch, Objective, Sample, StepMetrics
 from kernels import reference
 
@@ -167,15 +167,17 @@ class TorchBackend:
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective, global_units: float) -> StepMetrics:
-        """Compute the loss over micro-batches without gradients."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
+        """Compute the loss over micro-batches, normalised by their units, without gradients."""
         self.root.eval()
+        units = 0.0
         loss, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
         for batch in micro_batches:
             partial, found = self.root(batch.to(self.device), objective)
             loss += partial
+            units += objective.units(batch.targets)
             _accumulate(sums, found)
-        return StepMetrics(loss=loss / global_units, sums={k: v / global_units for k, v in sums.items()})
+        return StepMetrics(loss=loss / units, sums={k: v / units for k, v in sums.items()})
 
     @torch.no_grad()
     def probe(self, samples: Sequence[Sample]) -> None:
@@ -214,7 +216,7 @@ class TorchBackend:
             )
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors (float32), optimizer.safetensors, rng.safetensors and config.json."""
+        """Write model (float32), optimizer and random state as safetensors, and what ``engine.export`` needs beside them."""
         moments: dict[str, Tensor] = {}
         for name, p in self.weights.master.items():
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -225,7 +227,7 @@ class TorchBackend:
         save_file({k: v.detach().contiguous() for k, v in self.weights.master.items()}, folder / "model.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
         save_file({**rng, "skipped": self.skipped}, folder / "rng.safetensors")
-        self.lm.config.save_pretrained(folder)
+        hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote.
@@ -233,12 +235,9 @@ class TorchBackend:
         Raises:
             RunError: If a file is missing or not whole, or belongs to another model.
         """
-        try:
-            weights = load_file(folder / "model.safetensors", str(self.device))
-            moments = load_file(folder / "optimizer.safetensors", str(self.device))
-            rng = load_file(folder / "rng.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{folder}: the checkpoint cannot be read ({error}); resume from another one.") from error
+        weights = hf_model.load_weights(folder / "model.safetensors", str(self.device))
+        moments = hf_model.load_weights(folder / "optimizer.safetensors", str(self.device))
+        rng = hf_model.load_weights(folder / "rng.safetensors")
         own = {name: p.shape for name, p in self.weights.master.items()}
         if own != {name: w.shape for name, w in weights.items()}:
             raise UserError(
@@ -262,12 +261,16 @@ class TorchBackend:
 
     def export(self, folder: Path) -> None:
         """Write the master weights, in the compute type, as a Hugging Face folder."""
-        hf_model.write(self.lm, self.weights.master, self.config.model, folder, self.dtype)
+        hf_model.write(self.lm, self.weights.master, self.tokenizer, folder, self.dtype)
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         """Answer conversations by greedy decoding."""
-        tokenizer = hf_model.load_tokenizer(self.config.model)
-        return hf_model.answer(self.lm, tokenizer, conversations, max_new_tokens=max_new_tokens)
+        return hf_model.answer(self.lm, self.tokenizer, conversations, max_new_tokens=max_new_tokens)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer with the template that is trained."""
+        return hf_model.trained_tokenizer(self.config.model)
 
     def _check_model(self) -> None:
         head = self.lm.get_output_embeddings()

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config.names import stop
-from engine.config.schema import RunConfig
+from engine.config.schema import (
+    AlgorithmSection,
+    CheckpointSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    SchedulerSection,
+    TrainSection,
+)
 
 BUILTIN = "builtin:"
+MAX_LENGTH = 4096
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -23,30 +34,41 @@ def local_model_folder(path: str) -> Path | None:
 
 def looks_local(path: str) -> bool:
     """Tell a path on this machine from a hub id (``owner/name``)."""
-    if Path(path).expanduser().exists() or path.startswith(("/", ".", "~")):
+    if os.path.exists(os.path.expanduser(path)) or path.startswith(("/", ".", "~")):
         return True
     return path.count("/") != 1 or Path(path).suffix in {".json", ".jsonl", ".gz"}
 
 
-def check(config: RunConfig) -> list[str]:
-    """Return a sentence for every problem that the recipe alone, and the files it names, can show."""
-    problems = [*_check_numbers(config), *_check_data(config), *_check_run(config)]
-    found, model = _check_model(config)
-    problems += found
-    longest = model.get("max_position_embeddings")
-    if isinstance(longest, int) and config.data.max_length > longest:
-        problems.append(
-            f"data.max_length={config.data.max_length}: the model in {config.model.path} reads at most {longest} tokens; "
-            f"set data.max_length={longest} or lower."
+def set_max_length(container: dict[str, Any]) -> None:
+    """Fill in data.max_length where it is null: 4096, or what the model reads if that is known and less."""
+    data, model = container.get("data"), container.get("model")
+    if not isinstance(data, dict) or data.get("max_length") is not None:
+        return
+    longest = None
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        folder, overrides = local_model_folder(model["path"]), model.get("config_overrides")
+        fields = _read_config(folder) if folder is not None else None
+        longest = {**(fields or {}), **(overrides if isinstance(overrides, dict) else {})}.get(
+            "max_position_embeddings"
         )
+    data["max_length"] = min(MAX_LENGTH, longest) if isinstance(longest, int) else MAX_LENGTH
+
+
+def check(sections: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every problem that the recipe alone, and the files it names, can show.
+
+    Args:
+        sections: The recipe's sections by name; a check that needs one which is not there is left out.
+    """
+    problems: list[str] = []
+    for function, needed in CHECKS.items():
+        if all(name in sections for name in needed):
+            problems += function(*(sections[name] for name in needed))
     return [stop(p) for p in problems]
 
 
-def _check_numbers(config: RunConfig) -> list[str]:
-    problems = []
-    algorithm, train, scheduler, packing = config.algorithm, config.train, config.scheduler, config.data.packing
-    if algorithm.max_num_steps is None and algorithm.max_num_epochs is None:
-        problems.append("algorithm.max_num_steps and algorithm.max_num_epochs are both null: set one of them.")
+def _check_sizes(algorithm: AlgorithmSection, train: TrainSection, data: DataSection) -> list[str]:
+    problems, packing = [], data.packing
     if not packing.enabled:
         sizes = [("train.", train.global_batch_size, train.micro_batch_size)]
         if algorithm.val_global_batch_size or algorithm.val_micro_batch_size:
@@ -59,93 +81,109 @@ def _check_numbers(config: RunConfig) -> list[str]:
                     f"{key}global_batch_size={batch} is not divisible by {key}micro_batch_size={micro}: "
                     f"the nearest batch sizes are {' and '.join(map(str, near))}."
                 )
-    if packing.enabled and packing.max_tokens is not None and packing.max_tokens < config.data.max_length:
+    if packing.enabled and packing.max_tokens is not None and packing.max_tokens < data.max_length:
         problems.append(
-            f"data.packing.max_tokens={packing.max_tokens} is smaller than data.max_length={config.data.max_length}: "
+            f"data.packing.max_tokens={packing.max_tokens} is smaller than data.max_length={data.max_length}: "
             f"a sample of that length would fit no micro-batch; raise max_tokens or lower max_length."
         )
-    if scheduler.warmup_steps is not None and scheduler.warmup_ratio:
+    if packing.enabled and max(train.micro_batch_size, algorithm.val_micro_batch_size or 1) > 1:
         problems.append(
-            "scheduler.warmup_steps and scheduler.warmup_ratio are both set: set scheduler.warmup_ratio=null."
+            "train.micro_batch_size and algorithm.val_micro_batch_size are for padded micro-batches: size packed ones by "
+            "data.packing.max_tokens, or set data.packing.enabled=false."
         )
+    if not packing.enabled and packing.max_tokens is not None:
+        problems.append(
+            "data.packing.max_tokens is for packed micro-batches: set it to null, or data.packing.enabled=true."
+        )
+    if data.val_path is None and (algorithm.val_period or algorithm.val_at_start):
+        problems.append("algorithm.val_period and algorithm.val_at_start need validation data: set data.val_path.")
+    return problems
+
+
+def _check_schedule(scheduler: SchedulerSection, optimizer: OptimizerSection) -> list[str]:
+    problems = []
+    if scheduler.warmup_steps is not None and scheduler.warmup_ratio is not None:
+        problems.append("scheduler.warmup_steps and scheduler.warmup_ratio are both set: set one of them to null.")
     if scheduler.decay_steps is not None and scheduler.name != "wsd":
         problems.append(
             f"scheduler.decay_steps is for scheduler=wsd: set it to null, or choose wsd instead of {scheduler.name}."
         )
-    if scheduler.min_lr > config.optimizer.lr:
-        problems.append(f"scheduler.min_lr={scheduler.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it.")
+    if scheduler.min_lr and scheduler.name == "constant":
+        problems.append(
+            "scheduler.min_lr does nothing with scheduler=constant: set it to 0, or choose another scheduler."
+        )
+    if scheduler.min_lr > optimizer.lr:
+        problems.append(f"scheduler.min_lr={scheduler.min_lr} is above optimizer.lr={optimizer.lr}: lower it.")
     return problems
 
 
-def _check_data(config: RunConfig) -> list[str]:
+def _check_data(data: DataSection, checkpoint: CheckpointSection) -> list[str]:
     problems = []
-    for key, path in (("data.train_path", config.data.train_path), ("data.val_path", config.data.val_path)):
+    for key, path in (("data.train_path", data.train_path), ("data.val_path", data.val_path)):
         if path is None or path.startswith(BUILTIN) or not looks_local(path):
             continue
-        file = Path(path).expanduser()
-        if not file.exists():
+        file = os.path.expanduser(path)
+        if not os.path.exists(file):
             problems.append(f"{key}={path}: no such file or folder (the working folder is {Path.cwd()}).")
         elif not os.access(file, os.R_OK):
             problems.append(f"{key}={path}: not readable; change its permissions.")
-        elif file.is_file() and file.stat().st_size == 0:
+        elif os.path.isfile(file) and os.path.getsize(file) == 0:
             problems.append(f"{key}={path}: the file is empty.")
-    metric = config.checkpoint.metric
-    if config.checkpoint.keep_best and metric.startswith("validation/") and config.data.val_path is None:
+    if checkpoint.keep_best and checkpoint.metric.startswith("validation/") and data.val_path is None:
         problems.append(
-            f"checkpoint.keep_best needs {metric}, and data.val_path is null: set data.val_path or keep_best=0."
+            f"checkpoint.keep_best needs {checkpoint.metric}, and data.val_path is null: set data.val_path or keep_best=0."
         )
     return problems
 
 
-def _check_run(config: RunConfig) -> list[str]:
+def _check_run(run: RunSection) -> list[str]:
     problems = []
-    folder = Path(config.run.dir).expanduser().absolute()
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
-    if not nearest.is_dir():
-        problems.append(f"run.dir={config.run.dir}: {nearest} is a file; choose another folder.")
+    folder = Path(run.dir).expanduser().absolute()
+    nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not os.path.isdir(nearest):
+        problems.append(f"run.dir={run.dir}: {nearest} is a file; choose another folder.")
     elif not os.access(nearest, os.W_OK | os.X_OK):
         problems.append(
-            f"run.dir={config.run.dir}: {nearest} is not writable; choose another folder or change its permissions."
+            f"run.dir={run.dir}: {nearest} is not writable; choose another folder or change its permissions."
         )
-    if config.run.resume not in ("auto", "never") and not Path(config.run.resume).expanduser().is_dir():
-        problems.append(
-            f"run.resume={config.run.resume}: must be auto, never, or a run or checkpoint folder that exists."
-        )
-    for spec in config.run.callbacks:
+    if run.resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(run.resume)):
+        problems.append(f"run.resume={run.resume}: must be auto, never, or a run or checkpoint folder that exists.")
+    for spec in run.callbacks:
         module, _, name = spec.partition(":")
         if not (module and name.isidentifier()):
             problems.append(f"run.callbacks: {spec!r} is not of the form module:Class.")
     return problems
 
 
-def _check_model(config: RunConfig) -> tuple[list[str], dict[str, Any]]:
-    """Look into a local model folder; returns the problems and config.json's fields, overrides laid over them."""
-    path, folder = config.model.path, local_model_folder(config.model.path)
+def _check_model(model: ModelSection) -> list[str]:
+    """Look into a local model folder."""
+    path, folder = model.path, local_model_folder(model.path)
     problems: list[str] = []
-    if config.model.tokenizer is not None:
-        tokenizer = local_model_folder(config.model.tokenizer)
-        if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-            problems.append(f"model.tokenizer={config.model.tokenizer}: no tokenizer.json there.")
+    if model.tokenizer is not None:
+        tokenizer = local_model_folder(model.tokenizer)
+        if tokenizer is not None and not os.path.isfile(tokenizer / "tokenizer.json"):
+            problems.append(f"model.tokenizer={model.tokenizer}: no tokenizer.json there.")
     if folder is None:
-        return problems, {}
-    if path.startswith(BUILTIN) and not folder.is_dir():
+        return problems
+    if model.revision is not None:
+        problems.append(f"model.revision={model.revision}: {path} is a folder, which has no revisions; set it to null.")
+    if not os.path.isdir(folder):
         choices = ", ".join(f"{BUILTIN}{d.name}" for d in sorted(ASSETS.iterdir()) if d.is_dir())
-        return [f"model.path={path}: no such built-in model; there is {choices}."], {}
-    if not folder.is_dir():
+        if path.startswith(BUILTIN):
+            return [f"model.path={path}: no such built-in model; there is {choices}."]
         return [
             f"model.path={path}: no such folder (the working folder is {Path.cwd()}); a hub id has the form owner/name."
-        ], {}
-    if not (folder / "config.json").is_file():
-        return [f"model.path={path}: no config.json there; a model folder is what save_pretrained writes."], {}
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (ValueError, OSError) as error:
-        return [f"model.path={path}: config.json is not readable as JSON ({error})."], {}
-    if config.model.init == "pretrained" and not any(folder.glob("*.safetensors")):
+        ]
+    if not os.path.isfile(folder / "config.json"):
+        return [f"model.path={path}: no config.json there; a model folder is what save_pretrained writes."]
+    fields = _read_config(folder)
+    if fields is None:
+        return [f"model.path={path}: config.json is not readable as a JSON object."]
+    if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
         problems.append(
             f"model.path={path}: no *.safetensors weights there; add them, or train fresh ones with model.init=random."
         )
-    if config.model.tokenizer is None and not (folder / "tokenizer.json").is_file():
+    if model.tokenizer is None and not os.path.isfile(folder / "tokenizer.json"):
         problems.append(
             f"model.path={path}: no tokenizer.json there; add it, or name one with model.tokenizer=FOLDER_OR_HUB_ID."
         )
@@ -153,4 +191,43 @@ def _check_model(config: RunConfig) -> tuple[list[str], dict[str, Any]]:
         problems.append(
             f"model.path={path}: a model of several modalities; give the folder of a text-only causal model."
         )
-    return problems, {**fields, **config.model.config_overrides}
+    return problems
+
+
+def _check_length(model: ModelSection, data: DataSection) -> list[str]:
+    folder = local_model_folder(model.path)
+    fields = (_read_config(folder) if folder is not None else None) or {}
+    longest = {**fields, **model.config_overrides}.get("max_position_embeddings")
+    if isinstance(longest, int) and data.max_length > longest:
+        return [
+            f"data.max_length={data.max_length}: the model in {model.path} reads at most {longest} tokens; set "
+            f"data.max_length={longest} or lower."
+        ]
+    return []
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of a folder's config.json, or None if there is none that can be read."""
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _check_horizon(algorithm: AlgorithmSection) -> list[str]:
+    if algorithm.max_num_steps is None and algorithm.max_num_epochs is None:
+        return ["algorithm.max_num_steps and algorithm.max_num_epochs are both null: set one of them."]
+    return []
+
+
+CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
+    _check_horizon: ("algorithm",),
+    _check_sizes: ("algorithm", "train", "data"),
+    _check_schedule: ("scheduler", "optimizer"),
+    _check_data: ("data", "checkpoint"),
+    _check_run: ("run",),
+    _check_model: ("model",),
+    _check_length: ("model", "data"),
+}
+"""Each check and the sections it looks at."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from engine.config import checks
 from engine.config.names import stop, suggestion
 from engine.config.schema import RunConfig, Section
 from engine.errors import UserError
@@ -82,8 +85,6 @@ def compose(overrides: list[str]) -> Composed:
     Raises:
         UserError: With every problem that was found, a sentence each.
     """
-    from engine.config.checks import check
-
     choices, values, problems = _split(parse(overrides))
     misspelt = {p.split("=", 1)[0] for p in problems}
     cfg = compose_groups({g: c for g, c in choices.items() if g not in misspelt})
@@ -96,12 +97,13 @@ def compose(overrides: list[str]) -> Composed:
     container, unresolved = _resolve(cfg)
     for reason in dict.fromkeys(unresolved.values()):  # what depends on a key fails for its reason
         problems.append(f"{', '.join(k for k, r in unresolved.items() if r == reason)}: cannot be resolved ({reason}).")
-    config, found = _validate(container, choices, values)
+    checks.set_max_length(container)
+    sections, found = _validate(container, choices, values)
     problems += [p for p in found if p.split(".", 1)[0] not in misspelt and p.split(" ", 1)[0] not in unresolved]
-    if config is not None:
-        problems += check(config)
-    if config is None or problems:
+    problems += checks.check(sections)
+    if problems:
         raise UserError(*problems)
+    config = RunConfig(**sections)
     return Composed(config, _recipe_text(cfg, config))
 
 
@@ -264,45 +266,57 @@ def _resolve(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _validate(
     container: dict[str, Any], choices: dict[str, str], values: list[Override]
-) -> tuple[RunConfig | None, list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Hold the composed keys against the schema.
 
     Returns:
-        The configuration, unknown keys left out (None if more than those is wrong), and a sentence for every problem.
+        The sections that are right, unknown keys left out, by name; and a sentence for every problem.
     """
-    try:
-        return RunConfig.model_validate(container), []
-    except ValidationError as error:
-        findings = error.errors(include_url=False)
-        config = None
-        if all(item["type"] == "extra_forbidden" for item in findings):
-            for item in findings:
-                node: Any = container
-                for part in item["loc"][:-1]:
-                    node = node[part]
-                node.pop(item["loc"][-1])
-            config = RunConfig.model_validate(container)
-        typed = {o.key_or_group: o.input_line for o in values if o.input_line}
-        known = known_keys()
-        file = choices.get("recipe")
-        problems = []
-        for item in findings:
-            path = [str(p) for p in item["loc"]]
-            key = ".".join(path)
-            said = next(
-                (line for k, line in typed.items() if key == k or key.startswith(k + ".") or k.startswith(key + ".")),
-                None,
-            )
-            where = said or (f"{key} (in recipe {file})" if file else key)
-            if item["type"] == "extra_forbidden":
-                unknown = next((k for k in typed if k.startswith(key + ".")), key)
-                problems.append(stop(f"{where}: there is no key {unknown}; {suggestion(unknown, known)}"))
-            elif item["type"] == "missing":
-                problems.append(_missing(key))
-            else:
-                value = f"={item['input']!r}" if said is None and not isinstance(item["input"], dict) else ""
-                problems.append(stop(f"{where}{value}: {_sentence(item)}"))
-        return config, list(dict.fromkeys(problems))
+    findings: list[tuple[list[str], Any]] = [
+        ([name], {"type": "extra_forbidden", "input": None}) for name in container if name not in RunConfig.model_fields
+    ]
+    sections: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        schema: Any = field.annotation
+        node = container.get(name, {})
+        try:
+            sections[name] = schema.model_validate(node)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            findings += [([name, *map(str, item["loc"])], item) for item in found]
+            if all(item["type"] == "extra_forbidden" for item in found):
+                for item in found:
+                    _remove(node, item["loc"])
+                sections[name] = schema.model_validate(node)
+    typed = {o.key_or_group: o.input_line for o in values if o.input_line}
+    return sections, list(dict.fromkeys(_problem(path, item, typed, choices.get("recipe")) for path, item in findings))
+
+
+def _remove(node: Any, path: Sequence[str | int]) -> None:
+    for part in path[:-1]:
+        node = node[part]
+    node.pop(path[-1])
+
+
+def _problem(path: list[str], item: Any, typed: dict[str, str], recipe: str | None) -> str:
+    """Return the sentence for one of pydantic's findings.
+
+    Args:
+        path: Of the key.
+        item: The finding.
+        typed: What the user typed, by key.
+        recipe: The recipe that was chosen.
+    """
+    key = ".".join(path)
+    if item["type"] == "missing":
+        return _missing(key)
+    said = next((w for k, w in typed.items() if key == k or key.startswith(k + ".") or k.startswith(key + ".")), None)
+    where = said or (f"{key} (in recipe {recipe})" if recipe else key)
+    if item["type"] == "extra_forbidden":
+        unknown = next((k for k in typed if k.startswith(key + ".")), key)
+        return stop(f"{where}: there is no key {unknown}; {suggestion(unknown, known_keys())}")
+    value = f"={item['input']!r}" if said is None and not isinstance(item["input"], dict) else ""
+    return stop(f"{where}{value}: {_sentence(item)}")
 
 
 def _missing(key: str) -> str:
@@ -335,16 +349,23 @@ def _recipe_text(cfg: DictConfig, config: RunConfig) -> str:
     from yaml import safe_dump
 
     dumped = config.model_dump(mode="json")
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    names = re.findall(r"oc\.env:\s*([^,}\s]+)", str(raw))
+    secrets = [value for name in names if (value := os.environ.get(name))]
 
     def restore(node: Any, out: Any) -> None:
-        for key in node.keys() if OmegaConf.is_dict(node) else range(len(node)):
-            raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index]
-            if isinstance(raw, str) and "${oc.env:" in raw.replace(" ", ""):
-                out[key] = raw
-            elif isinstance(raw, (dict, list)):
-                restore(node[key], out[key])
+        """Put back each interpolation that is a secret or, through other keys, holds one."""
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, (dict, list)):
+                restore(value, out[key])
+            elif (
+                isinstance(value, str)
+                and "${" in value
+                and ("oc.env" in value or any(s in str(out[key]) for s in secrets))
+            ):
+                out[key] = value
 
-    restore(cfg, dumped)
+    restore(raw, dumped)
     for key in ("dir", "resume"):
         dumped["run"].pop(key)
     head = "# @package _global_\n# The resolved recipe of a run: python -m engine recipe=THIS_FILE repeats it.\n"

@@ -91,12 +91,14 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     leaf = key.rsplit(".", 1)[-1]
-    for part in (leaf, *reversed(key.split(".")[:-1])):
-        if part in FOREIGN_NAMES:
-            return f"here it is {FOREIGN_NAMES[part]}"
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    if leaf in FOREIGN_NAMES:
+        return f"here it is {FOREIGN_NAMES[leaf]}"
     if same_leaf:
         return f"did you mean {' or '.join(same_leaf[:3])}?"
+    for part in reversed(key.split(".")[:-1]):
+        if part in FOREIGN_NAMES:
+            return f"here it is {FOREIGN_NAMES[part]}"
     near = difflib.get_close_matches(key, known, 1, 0.75)
     if not near:
         leaves: dict[str, str] = {}

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Count = Annotated[Integer, Field(ge=1)]
+NonNegative = Annotated[Integer, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -27,7 +38,7 @@ class RunSection(Section):
     dir: str = Field(min_length=1)
     """Run folder; everything the run produces is below it."""
     name: Name
-    """Name of the run, used in the default folder and by loggers."""
+    """Name of the run, used in the default folder."""
     seed: NonNegative
     """Seed of the order of the data, random weights and dropout."""
     resume: str = Field(min_length=1)
@@ -92,7 +103,7 @@ class DataSection(Section):
     reader: str | None
     """messages, alpaca, or module:function of your own; null: recognised from the first row's columns."""
     max_length: Count
-    """Longest sample in tokens."""
+    """Longest sample in tokens; null: 4096, or what the model reads if that is less."""
     overlong: Literal["drop", "truncate", "error"]
     """What happens to a sample longer than max_length; drops and cuts are counted."""
     train_on: Literal["last_assistant", "all_assistant", "all"]
@@ -122,7 +133,7 @@ class AlgorithmSection(Section):
     """Objective: sft."""
     max_num_steps: NonNegative | None
     """Optimizer steps; with max_num_epochs, whichever comes first."""
-    max_num_epochs: Annotated[float, Field(gt=0)] | None
+    max_num_epochs: Positive | None
     """Passes over the data; with max_num_steps, whichever comes first."""
     val_period: NonNegative
     """Steps between validations; 0: none along the way."""
@@ -145,7 +156,7 @@ class TrainSection(Section):
     """Conversations in an optimizer step."""
     micro_batch_size: Count
     """Conversations in a padded micro-batch (data.packing.enabled=false)."""
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    max_grad_norm: Positive
     """Gradients are clipped to this global L2 norm."""
 
 
@@ -154,13 +165,13 @@ class OptimizerSection(Section):
 
     name: Literal["adamw"]
     """Optimizer."""
-    lr: Annotated[float, Field(gt=0)]
+    lr: Positive
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction]
     """Decay rates of the first and second moments."""
-    eps: Annotated[float, Field(gt=0)]
+    eps: Positive
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[Number, Field(ge=0)]
     """Decoupled weight decay, on matrices only."""
 
 
@@ -172,10 +183,10 @@ class SchedulerSection(Section):
     warmup_steps: NonNegative | None
     """Steps of linear warm-up; exclusive with warmup_ratio."""
     warmup_ratio: Fraction | None
-    """Warm-up as a share of all steps."""
+    """Warm-up as a share of all steps; null: 0.03 unless warmup_steps is set."""
     decay_steps: Count | None
     """Length of wsd's decay; null: a tenth of all steps."""
-    min_lr: Annotated[float, Field(ge=0)]
+    min_lr: Annotated[Number, Field(ge=0)]
     """Learning rate at the end of the decay."""
 
 

@@ -6,6 +6,7 @@ one process at a time (others wait and then read) and renamed into place, so a c
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,7 +34,7 @@ from engine import hub
 from engine.config.schema import RunConfig
 from engine.data import readers, rows
 from engine.data.batch import trained_positions
-from engine.data.encode import Encoder, load_tokenizer
+from engine.data.encode import Encoder
 from engine.data.template import template_text
 from engine.errors import RunError, UserError
 from engine.types import Sample
@@ -129,31 +130,39 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
     assert path is not None
     hub_split = data.train_split if split == "train" else data.val_split
     template = template_text(config.model)
-    tokenizer_folder = hub.folder(config.model.tokenizer or config.model.path, config.model.revision, weights=False)
-    key = _key(config, path, hub_split, template, tokenizer_folder)
+    revision = rows.hub_revision(path)
+    key = _key(config, path, hub_split, revision, template)
     root = scratch if data.cache == "off" else cache_root(data.cache_dir)
     target = root / "tokenized" / key
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f"{key}.lock").open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # unlike flock's, not inherited by the processes that tokenise
+            try:
+                fcntl.lockf(
+                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # unlike flock's, not inherited by the processes that tokenise
+            except BlockingIOError:
+                say("waiting for another run that tokenises the same data")
+                fcntl.lockf(lock, fcntl.LOCK_EX)
             if data.cache != "use" or not target.is_dir():
                 for leftover in target.parent.glob(f"{key}.tmp-*"):
                     shutil.rmtree(leftover)
-                encoder = Encoder(load_tokenizer(tokenizer_folder, config), template, config)
+                encoder = Encoder(hub.load_tokenizer(config.model), template, config)
                 aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
                 try:
-                    _build(aside, key, rows.read(path, hub_split), path, encoder, config)
+                    _build(aside, key, rows.read(path, hub_split, revision), path, encoder, config)
                     if target.is_dir():
                         shutil.rmtree(target)
                     os.rename(aside, target)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            samples = Samples(target)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            raise
         raise UserError(
             f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."
         ) from error
-    samples = Samples(target)
     say(samples.summary.sentence("data" if split == "train" else "validation data"))
     return samples
 
@@ -290,13 +299,14 @@ def _progress(results: Iterator[Any], path: str) -> Iterator[Any]:
             yield result
 
 
-def _key(config: RunConfig, path: str, split: str, template: str | None, tokenizer_folder: Path) -> str:
+def _key(config: RunConfig, path: str, split: str, revision: str | None, template: str | None) -> str:
     """Return the hash of all that can change a token."""
     data = config.data
+    tokenizer = hub.tokenizer_folder(config.model)
     files = {
         f.name: hashlib.sha256(f.read_bytes()).hexdigest()
         for pattern in hub.TOKENIZER_FILES
-        for f in sorted(tokenizer_folder.glob(pattern))
+        for f in sorted(tokenizer.glob(pattern))
     }
     reader = data.reader
     if reader is not None and ":" in reader:
@@ -305,7 +315,7 @@ def _key(config: RunConfig, path: str, split: str, template: str | None, tokeniz
         files[reader] = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
     parts = {
         "format": FORMAT,
-        "rows": rows.fingerprint(path, split),
+        "rows": rows.fingerprint(path, split, revision),
         "tokenizer": files,
         "template": template,
         "template_args": config.model.template_args,

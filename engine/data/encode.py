@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,6 @@ from engine.data.readers import Message, RowError, check_messages
 from engine.data.template import Template, TokenMask
 from engine.errors import UserError
 from engine.types import Sample
-
-
-def load_tokenizer(folder: Path, config: RunConfig) -> Any:
-    """Load a fast tokenizer from a folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
 
 
 class Encoder:

@@ -5,10 +5,10 @@ A reader is a function from a row (a dict) to a list of messages; it raises RowE
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engine import plugins
 from engine.errors import UserError
 
 Message = dict[str, Any]
@@ -61,14 +61,9 @@ def find(name: str | None, first_row: Mapping[str, Any], where: str) -> tuple[st
             )
     if name in READERS:
         return name, READERS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UserError(f"data.reader={name}: no such reader; choose {', '.join(READERS)} or module:function.")
-    try:
-        found: Reader = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"data.reader={name}: cannot be imported ({error}); is its folder on PYTHONPATH?") from error
-    return name, found
+    return name, plugins.load(name, "data.reader")
 
 
 def check_messages(turns: list[Message], train_on: str) -> None:

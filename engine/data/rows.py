@@ -40,7 +40,7 @@ def read(path: str, split: str, revision: str | None = None) -> Iterator[Row]:
         yield from _datasets(path, split, revision)
 
 
-def fingerprint(path: str, split: str) -> str:
+def fingerprint(path: str, split: str, revision: str | None) -> str:
     """Return a hash of a source's content (a local file, folder or built-in set) or of its name (a hub data set)."""
     digest = hashlib.sha256()
     if path.startswith(BUILTIN):
@@ -54,7 +54,7 @@ def fingerprint(path: str, split: str) -> str:
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         digest.update(split.encode() if root.is_dir() else b"")
     else:
-        digest.update(f"{path}@{split}@{_hub_revision(path)}".encode())
+        digest.update(f"{path}@{split}@{revision}".encode())
     return digest.hexdigest()
 
 
@@ -119,25 +119,35 @@ def _datasets(path: str, split: str, revision: str | None) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, split=split, revision=revision)
+        rows = datasets.load_dataset(
+            str(Path(path).expanduser()) if looks_local(path) else path, split=split, revision=revision
+        )
     except Exception as error:  # datasets raises a dozen unrelated types here; each ends the run with its own sentence
         raise UserError(f"data: {path} (split {split}) cannot be loaded: {' '.join(str(error).split())}") from error
     for number, row in enumerate(rows, 1):
         yield f"{path} split {split} row {number}", row
 
 
-def _hub_revision(path: str) -> str:
-    """Return the commit of a hub data set, or its newest cached one when the hub is out of reach."""
-    from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import HfHubHTTPError
+def hub_revision(path: str) -> str | None:
+    """Return the commit of a hub data set, or its newest cached one when the hub is out of reach; None for what is local.
+
+    Raises:
+        UserError: If neither has it.
+    """
+    if path.startswith(BUILTIN) or looks_local(path):
+        return None
+    from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
 
     try:
         return str(HfApi().dataset_info(path).sha)
-    except (HfHubHTTPError, OSError):
-        cached = [r for r in scan_cache_dir().repos if r.repo_id == path and r.repo_type == "dataset"]
+    except Exception as error:  # whatever the network, the hub or its client raises, the cache is asked next
+        try:
+            cached = [r for r in scan_cache_dir().repos if r.repo_id == path and r.repo_type == "dataset"]
+        except CacheNotFound:
+            cached = []
         commits = sorted(((v.last_modified, v.commit_hash) for r in cached for v in r.revisions), reverse=True)
         if not commits:
             raise UserError(
                 f"data: {path} is neither a file here nor a data set that the hub or its cache has; check the name or the network."
-            ) from None
+            ) from error
         return str(commits[0][1])

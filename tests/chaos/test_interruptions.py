@@ -160,6 +160,111 @@ def test_signal_before_the_first_step_is_a_stop_too(
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_signal_while_preparing_ends_at_once_with_75(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reader.py").write_text(
+        "import os, signal, time\n"
+        "def slow(row):\n"
+        "    os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "    time.sleep(1)\n"
+        "    return row['messages']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match="stopped by SIGUSR2 before training began") as stopped:
+        engine.run([*base, "data.reader=reader:slow", f"run.dir={tmp_path / 'run'}"])
+    assert stopped.value.exit_code == 75
+    assert "stopped by SIGUSR2" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_stop_asked_for_by_an_evaluation_is_saved_and_is_the_end(
+    base: list[str], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stopper.py").write_text(
+        "from engine.types import Callback\n"
+        "class Stopper(Callback):\n"
+        "    def on_evaluate(self, control, metrics):\n"
+        "        control.should_stop = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [
+        *(o for o in base if not o.startswith("checkpoint.period")),
+        f"data.val_path={rows_file}",
+        "algorithm.val_period=3",
+        "run.callbacks=[stopper:Stopper]",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    assert engine.run(overrides) == 0
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = json.loads((saved / "state.json").read_text())
+    assert saved.name == "step_00000003" and state["finished"] and state["val_loss"] is not None
+    assert engine.run(overrides) == 0
+    assert "already finished: 3 steps" in (tmp_path / "run" / "log.txt").read_text()
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+def test_metrics_of_a_run_that_died_before_its_first_checkpoint_are_cut(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dying.py").write_text(
+        "from engine.types import Callback\n"
+        "class Dying(Callback):\n"
+        "    def on_step_begin(self, control):\n"
+        "        if control.step == 3 and not (control.run_dir / 'died').exists():\n"
+        "            (control.run_dir / 'died').write_text('')\n"
+        "            raise RuntimeError('died')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [
+        *(o for o in base if not o.startswith("checkpoint.period")),
+        "run.callbacks=[dying:Dying]",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    with pytest.raises(RuntimeError, match="died"):
+        engine.run(overrides)
+    assert engine.run(overrides) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_signal_to_a_sweep_reaches_its_run(base: list[str], tmp_path: Path, engine_process: Start) -> None:
+    words = [*base, "algorithm.max_num_steps=100000", "-m", "run.seed=0,1", f"run.dir={tmp_path}"]
+    process = engine_process(words)
+    wait_for(lambda: (tmp_path / "000" / "metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert list((tmp_path / "000" / "checkpoints").glob("step_*")) and not (tmp_path / "001").exists()
+
+
+def test_resume_from_a_run_of_another_recipe_or_an_older_checkpoint_is_refused(base: list[str], tmp_path: Path) -> None:
+    first = [*base, f"run.dir={tmp_path / 'a'}"]
+    assert engine.run(first) == 0
+    with pytest.raises(UserError, match=r"run.resume=.*another recipe(.|\n)*run.seed: 0 → 1"):
+        engine.run([*base, "run.seed=1", f"run.resume={tmp_path / 'a'}", f"run.dir={tmp_path / 'b'}"])
+    older = tmp_path / "a" / "checkpoints" / "step_00000003"
+    with pytest.raises(UserError, match="holds newer checkpoints"):
+        engine.run([*first, f"run.resume={older}", "algorithm.max_num_steps=9"])
+
+
+def test_receipt_of_a_finished_run_stays(base: list[str], tmp_path: Path) -> None:
+    overrides = [*base, f"run.dir={tmp_path}"]
+    assert engine.run(overrides) == 0
+    lock = tmp_path / "lock.json"
+    lock.write_text(lock.read_text().replace('"torch": "', '"torch": "0.0-'))
+    before = lock.read_text()
+    assert engine.run(overrides) == 0
+    assert lock.read_text() == before
+
+
+def test_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(base: list[str], tmp_path: Path) -> None:
+    overrides = [*base, f"run.dir={tmp_path}"]
+    assert engine.run(overrides) == 0
+    newest = tmp_path / "checkpoints" / "step_00000004"
+    newest.rename(newest.with_name(".partial-old-step_00000004"))
+    assert engine.run(overrides) == 0
+    assert newest.is_dir() and "already finished" in (tmp_path / "log.txt").read_text()
+
+
 def test_finished_run_says_so(long_run: list[str], undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (undisturbed / "metrics.jsonl").read_text()
     assert engine.run([*long_run, f"run.dir={undisturbed}", "logger=console"]) == 0
@@ -196,7 +301,7 @@ def test_changed_data_is_refused(base: list[str], rows_file: Path, tmp_path: Pat
     overrides = [*base, f"data.train_path={rows}", f"run.dir={tmp_path / 'run'}"]
     assert engine.run(overrides) == 0
     rows.write_text("\n".join(rows.read_text().splitlines()[1:]) + "\n")
-    with pytest.raises(UserError, match="the data changed since the run began"):
+    with pytest.raises(UserError, match="the data, tokenizer or template changed since the run began"):
         engine.run([*overrides, "algorithm.max_num_steps=9"])
 
 

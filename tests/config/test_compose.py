@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engine.config.checks import check
 from engine.config.compose import compose, known_keys, with_quickstart
 from engine.config.help import docstrings, text
 from engine.config.names import FOREIGN_NAMES
@@ -48,6 +49,15 @@ def problems(*overrides: str) -> list[str]:
         ("optimizer.lr=null", "must be a valid number"),
         ("optimizer.betas=[0.9,1.0]", "must be less than 1"),
         ("train.global_batch_size=1.5", "must be a valid integer"),
+        ("train.global_batch_size=true", "must be a number"),
+        ("train.max_grad_norm=true", "must be a number"),
+        ("algorithm.max_num_epochs=inf", "must be a finite number"),
+        ("algorithm.val_period=5 data.val_path=null", "need validation data: set data.val_path"),
+        ("train.micro_batch_size=4", "are for padded micro-batches"),
+        ("data.packing.max_tokens=999 data.packing.enabled=false", "is for packed micro-batches"),
+        ("scheduler.min_lr=1e-7 scheduler=constant", "does nothing with scheduler=constant"),
+        ("model.revision=main", "is a folder, which has no revisions"),
+        ("policy.optimizer.lr=1", "did you mean optimizer.lr?"),
         ("train.global_batch_size=0", "must be greater than or equal to 1"),
         ("data.overlong=dropp", "must be 'drop', 'truncate' or 'error'; did you mean drop?"),
         ("data.packing=true", "is a group of keys, not a value"),
@@ -69,7 +79,7 @@ def problems(*overrides: str) -> list[str]:
         ("data.max_length=2048", "reads at most 1024 tokens; set data.max_length=1024 or lower"),
         ("data.packing.max_tokens=100", "smaller than data.max_length"),
         ("algorithm.max_num_epochs=null", "set one of them"),
-        ("scheduler.warmup_steps=3", "set scheduler.warmup_ratio=null"),
+        ("scheduler.warmup_steps=3 scheduler.warmup_ratio=0.1", "set one of them to null"),
         ("scheduler.decay_steps=3", "is for scheduler=wsd"),
         ("scheduler.min_lr=1", "is above optimizer.lr"),
         ("run.name=${oc.env:NO_SUCH_VARIABLE}", "run.dir, run.name: cannot be resolved"),
@@ -77,9 +87,10 @@ def problems(*overrides: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_one_sentence_with_the_remedy(override: str, answer: str) -> None:
-    (found,) = problems(override)
+    words = [override] if "'" in override or "run.name" in override else override.split(" ")
+    (found,) = problems(*words)
     assert answer in found
-    key = override.lstrip("+~").split("=")[0]
+    key = words[0].lstrip("+~").split("=")[0]
     assert key in found
 
 
@@ -90,6 +101,44 @@ def test_every_problem_at_once() -> None:
     assert len(found) == 5
     found = problems("optimizer.lrr=1", "data.train_path=nowhere.jsonl", "data.max_length=4096")
     assert len(found) == 3
+
+
+def test_the_example_in_the_readme() -> None:
+    with pytest.raises(UserError) as refused:
+        compose(["model=tinny", "optimizer.learning_rate=1e-4", "data.train_path=chat.jsonl"])
+    shown = [
+        line.removeprefix("error: ")
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("error: ")
+    ]
+    here = str(Path.cwd())
+    assert sorted(p.replace(here, "/home/you/project") for p in refused.value.problems) == sorted(shown)
+
+
+def test_what_cannot_be_searched_is_answered(tmp_path: Path) -> None:
+    """Paths below a folder that this user may not search."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    config = compose(TINY).config
+    data = config.data.model_copy(update={"train_path": f"{closed}/x.jsonl"})
+    model = config.model.model_copy(update={"path": f"{closed}/model"})
+    run = config.run.model_copy(update={"dir": f"{closed}/run"})
+    user = os.geteuid()
+    os.seteuid(65534) if user == 0 else closed.chmod(0)
+    try:
+        found = check({"data": data, "checkpoint": config.checkpoint, "model": model, "run": run})
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o700)
+    said = "\n".join(found)
+    assert f"data.train_path={closed}/x.jsonl: no such file or folder" in said
+    assert f"model.path={closed}/model: no such folder" in said
+
+
+def test_longest_sample_by_default_is_what_the_model_reads(tmp_path: Path) -> None:
+    assert compose(TINY).config.data.max_length == 256
+    assert compose(["model=tiny", "data.train_path=someone/set"]).config.data.max_length == 1024
+    assert compose(["model=llama3_1b"]).config.data.max_length == 4096
 
 
 @pytest.mark.parametrize(
@@ -175,7 +224,9 @@ def test_recipe_yaml_repeats_the_run_without_secrets(tmp_path: Path, monkeypatch
     (tmp_path / "base.yaml").write_text(
         "run: {name: '${oc.env:MY_SECRET}'}\noptimizer: {lr: 5e-4, betas: [0.8, 0.9]}\n"
     )
-    first = compose([*TINY, f"recipe={tmp_path}/base.yaml", f"run.dir={tmp_path}/run", "model.template_args={x: 1}"])
+    through = "model.template_args={x: 1, y: '${run.name}'}"
+    first = compose([*TINY, f"recipe={tmp_path}/base.yaml", f"run.dir={tmp_path}/run", through])
+    assert first.config.model.template_args["y"] == "hunter2"
     assert first.config.run.name == "hunter2"
     assert "hunter2" not in first.recipe and "${oc.env:MY_SECRET}" in first.recipe
     dumped = yaml.safe_load(first.recipe)
