@@ -23,10 +23,11 @@ MOST_SKIPPED = 5
 """Steps in a row that may be lost to a loss or norm that is not finite."""
 
 
-class Stopped(RunError):
-    """A signal came before training began: there is nothing to save, and the same command starts again."""
+class Stopped(KeyboardInterrupt):
+    """A signal came before training began: there is nothing to save, and the same command starts again.
 
-    exit_code = EXIT_STOPPED
+    No Exception, so that nothing which handles errors on the way takes it for one.
+    """
 
 
 class StopRequest:

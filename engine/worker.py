@@ -10,10 +10,10 @@ from engine.checkpoint import Checkpoints, TrainState
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import cache
 from engine.data.loader import Loader, train_loader, val_loader
-from engine.errors import EXIT_DONE, RunError, UserError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError, UserError
 from engine.receipt import receipt
 from engine.run_folder import RunFolder
-from engine.train import StopRequest, Trainer, total_steps
+from engine.train import Stopped, StopRequest, Trainer, total_steps
 from engine.types import Backend, Callback
 
 PROBE_SAMPLES = 3
@@ -38,6 +38,9 @@ def main(config: RunConfig, recipe: str, device_name: str) -> int:
         console, loggers = metrics.build(config.logger, folder.path)
         try:
             return _run(config, folder, console, loggers, stop, device_name)
+        except Stopped as stopped:
+            console.say(str(stopped))
+            return EXIT_STOPPED
         except Exception as error:
             ended = explain(error, config, folder.path)
             console.note(f"error: {ended or error!r}")

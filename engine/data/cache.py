@@ -220,7 +220,7 @@ def _encode_rows(
     samples, fates = [], []
     for place, row in batch:
         try:
-            sample, fate = encoder(reader(row))
+            sample, fate = encoder(_read(reader, row))
         except readers.RowError as error:
             raise UserError(f"{place}: {error}.") from error
         fates.append(fate)
@@ -233,6 +233,17 @@ def _encode_rows(
     }
     num_trained = sum(len(trained_positions(s)) for s in samples)
     return pa.RecordBatch.from_pydict(columns, SCHEMA), fates, num_trained
+
+
+def _read(reader: readers.Reader, row: Mapping[str, Any]) -> list[readers.Message]:
+    try:
+        return reader(row)
+    except readers.RowError:
+        raise
+    except Exception as error:  # a reader of the user's own may raise anything
+        raise readers.RowError(
+            f"data.reader failed on this row ({error!r}); it raises RowError on rows it cannot use"
+        ) from error
 
 
 def _parallel(work: Callable[[Any], Any], source: Iterator[rows.Row], num_workers: int | None) -> Iterator[Any]:

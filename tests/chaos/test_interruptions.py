@@ -171,10 +171,17 @@ def test_signal_while_preparing_ends_at_once_with_75(
         "    return row['messages']\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RunError, match="stopped by SIGUSR2 before training began") as stopped:
-        engine.run([*base, "data.reader=reader:slow", f"run.dir={tmp_path / 'run'}"])
-    assert stopped.value.exit_code == 75
-    assert "stopped by SIGUSR2" in (tmp_path / "run" / "log.txt").read_text()
+    assert engine.run([*base, "data.reader=reader:slow", f"run.dir={tmp_path / 'run'}"]) == 75
+    assert "stopped by SIGUSR2 before training began" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_error_in_a_reader_of_ones_own_names_the_row(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_reader.py").write_text("def read(row):\n    return row['nowhere']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"rows.jsonl line 1: data.reader failed on this row \(KeyError\('nowhere'\)\)"):
+        engine.run([*base, "data.reader=broken_reader:read", f"run.dir={tmp_path / 'run'}"])
 
 
 def test_stop_asked_for_by_an_evaluation_is_saved_and_is_the_end(
