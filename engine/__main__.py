@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+from engine import executors
 from engine.config import compose
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 
@@ -44,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_one(overrides: list[str]) -> int:
     """Compose one recipe and run it."""
     composed = compose.compose(compose.with_quickstart(overrides))
-    from engine import worker
-    from engine.executors.local import LocalExecutor
-
-    return LocalExecutor().run(worker.main, composed.config, composed.recipe)
+    return executors.choose(composed.config.cluster).run(composed.config, composed.recipe)
 
 
 def sweep(overrides: list[str]) -> int:

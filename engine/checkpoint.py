@@ -7,16 +7,24 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
 
 from engine.config.schema import CheckpointSection
 from engine.errors import RunError, UserError
 from engine.types import Backend
 
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
+
 PARTIAL = ".partial-"
+MANIFEST = "manifest.json"
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -45,41 +53,110 @@ class TrainState:
     """Whether this is the last checkpoint of a run that was done, by its steps or by a callback."""
 
 
+@dataclass(kw_only=True)
+class Writing:
+    """A checkpoint that is being written."""
+
+    target: Path
+    aside: Path
+    state: TrainState
+    thread: Thread | None = None
+    error: Exception | None = None
+    took_s: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part is still being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+
 class Checkpoints:
     """The checkpoints of a run folder.
 
     Args:
-        folder: ``run.dir/checkpoints``.
-        section: How many are kept, and by which metric.
+        folder: ``run.dir/checkpoints``, the same folder for all ranks.
+        section: How many are kept, by which metric, and whether they are written while training goes on.
+        ranks: Each writes its part; the first one publishes.
     """
 
-    def __init__(self, folder: Path, section: CheckpointSection) -> None:
+    def __init__(self, folder: Path, section: CheckpointSection, ranks: Ranks) -> None:
         self.folder = folder
         self.section = section
-        for partial in folder.glob(f"{PARTIAL}*"):
-            _clear(partial, folder / partial.name.removeprefix(f"{PARTIAL}old-"))
+        self.ranks = ranks
+        self._writing: Writing | None = None
+        if ranks.main:
+            for partial in folder.glob(f"{PARTIAL}*"):
+                _clear(partial, folder / partial.name.removeprefix(f"{PARTIAL}old-"))
 
-    def save(self, state: TrainState, backend: Backend) -> Path:
-        """Write a checkpoint; it is whole when its folder has its name.
+    def save(self, state: TrainState, backend: Backend) -> None:
+        """Begin to write a checkpoint; it is whole when its folder has its name, which ``finish`` gives it.
+
+        All ranks call. With ``checkpoint.async_save`` the state has been copied when this returns, and a thread writes it.
+        """
+        target = self.folder / f"step_{state.step:08d}"
+        aside = self.ranks.first(lambda: begin(target))
+        write = backend.snapshot(copy=self.section.async_save)
+        job = self._writing = Writing(target=target, aside=aside, state=replace(state))
+
+        def work() -> None:
+            started = time.perf_counter()
+            try:
+                write(aside)
+            except Exception as error:
+                job.error = error
+            job.took_s = time.perf_counter() - started
+
+        if self.section.async_save:
+            job.thread = Thread(target=work, name="checkpoint")
+            job.thread.start()
+        else:
+            work()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing its part of a checkpoint."""
+        return self._writing is not None and self._writing.busy
+
+    def finish(self, backend: Backend) -> tuple[Path, float] | None:
+        """Wait for the checkpoint that is being written, and publish it; all ranks call.
+
+        Returns:
+            Its folder and the seconds that its writing took; None if none was being written.
 
         Raises:
             RunError: If the disk is full; earlier checkpoints are untouched.
         """
-        target = self.folder / f"step_{state.step:08d}"
+        job, self._writing = self._writing, None
+        if job is None:
+            return None
+        if job.thread is not None:
+            job.thread.join()
         try:
-            with written_aside(target) as aside:
-                backend.save(aside)
-                (aside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+            self.ranks.together(lambda: _raise(job.error))
+            files = sorted(f for f in job.aside.rglob("*") if f.is_file())
+            mine = files[self.ranks.rank :: self.ranks.size]
+            sums = self.ranks.gather(self.ranks.together(lambda: {f.name: _checksum(f) for f in mine}))
+            self.ranks.together(lambda: self._publish(job, sums) if self.ranks.main else None)
         except Exception as error:
+            if self.ranks.main:
+                _clear(job.aside, job.target)
             if is_disk_full(error):
                 newest, size = self.newest(), backend.checkpoint_bytes() / 2**30
                 raise RunError(
-                    f"{self.folder}: the disk is full, and the checkpoint of step {state.step} ({size:.2f} GiB) was not written; "
-                    f"free some space and repeat the command, which goes on from {newest.name if newest else 'the start'}."
+                    f"{self.folder}: the disk is full, and the checkpoint of step {job.state.step} ({size:.2f} GiB) was not "
+                    "written; free some space and repeat the command, which goes on from "
+                    f"{newest.name if newest else 'the start'}."
                 ) from error
             raise
+        return job.target, job.took_s
+
+    def _publish(self, job: Writing, sums: Sequence[dict[str, tuple[int, int]]]) -> None:
+        manifest = {name: entry for part in sums for name, entry in part.items()}
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(manifest.items()))
+        (job.aside / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
+        (job.aside / "state.json").write_text(json.dumps(asdict(job.state), indent=2) + "\n")
+        publish(job.aside, job.target)
         self._prune()
-        return target
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint."""
@@ -102,7 +179,7 @@ class Checkpoints:
         if free < max(1, most - len(self.all())) * size:
             raise UserError(
                 f"run.dir={self.folder.parent}: {free / 2**30:.2f} GiB free, and a checkpoint takes {size / 2**30:.2f} GiB "
-                "({most} of them exist at times); free some space, choose another folder or lower checkpoint.keep_last."
+                f"({most} of them exist at times); free some space, choose another folder or lower checkpoint.keep_last."
             )
 
     def _prune(self) -> None:
@@ -124,24 +201,63 @@ def written_aside(target: Path) -> Iterator[Path]:
 
     A crash at any point leaves either what was there before or the whole new folder.
     """
-    aside, old = (target.with_name(f"{PARTIAL}{kind}{target.name}") for kind in ("", "old-"))
+    aside = begin(target)
+    try:
+        yield aside
+        publish(aside, target)
+    finally:
+        _clear(aside, target)
+
+
+def begin(target: Path) -> Path:
+    """Return an empty folder beside the one that ``publish`` will make of it."""
+    aside, old = _beside(target)
     for folder in (aside, old):
         _clear(folder, target)
     aside.mkdir(parents=True)
+    return aside
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Give a folder its name once it is on disk."""
+    for path in aside.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~UMASK)  # safetensors makes its files private
+        _sync(path)
+    _sync(aside)
+    old = _beside(target)[1]
+    if target.exists():
+        os.rename(target, old)
+    os.rename(aside, target)
+    _sync(target.parent)
+    _clear(old, target)
+
+
+def check_whole(checkpoint: Path, ranks: Ranks | None = None) -> None:
+    """Refuse a checkpoint of which a file is missing or not what was written.
+
+    Args:
+        checkpoint: Its folder.
+        ranks: Share the reading of all files for their checksums; None: only their sizes are looked at.
+
+    Raises:
+        RunError: Naming the file.
+    """
     try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~UMASK)  # safetensors makes its files private
-            _sync(path)
-        _sync(aside)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(aside, target)
-        _sync(target.parent)
-    finally:
-        _clear(old, target)
-        _clear(aside, target)
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{checkpoint}: the checkpoint has no readable {MANIFEST}; resume from another one.") from error
+    files = sorted(manifest.items())
+    for name, (size, checksum) in files if ranks is None else files[ranks.rank :: ranks.size]:
+        file = checkpoint / name
+        if not file.is_file():
+            raise RunError(
+                f"{checkpoint}: {name} is missing from the checkpoint; restore it, or resume from another one."
+            )
+        if file.stat().st_size != size or (ranks is not None and _checksum(file)[1] != checksum):
+            raise RunError(
+                f"{checkpoint}: {name} is damaged (not the {size:,} bytes that were written); resume from another checkpoint."
+            )
 
 
 def all_in(folder: Path) -> list[Path]:
@@ -185,6 +301,25 @@ def _clear(leftover: Path, target: Path) -> None:
     if leftover.name.startswith(f"{PARTIAL}old-") and leftover.exists() and not target.exists():
         os.rename(leftover, target)
     shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f"{PARTIAL}{target.name}"), target.with_name(f"{PARTIAL}old-{target.name}")
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _checksum(file: Path) -> tuple[int, int]:
+    """Return a file's size and CRC-32."""
+    size = crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return size, crc
 
 
 def _sync(path: Path) -> None:

@@ -28,11 +28,11 @@ def export(source: Path, out: Path) -> Path:
         raise UserError(f"--out {out}: not an empty folder; choose another.")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from engine.backends import hf_model
+    from engine.backends import hf_model, shards
 
     config = AutoConfig.from_pretrained(found)
     dtype, config.dtype = config.dtype, None
-    weights = hf_model.load_weights(found / "model.safetensors")
+    weights = shards.read(found, "model/")
     model = AutoModelForCausalLM.from_config(config)
     try:
         with checkpoint.written_aside(out) as aside:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,17 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
         raise UserError(
             f"{path}: neither a folder here nor in the hub's cache, and the hub does not answer; check the name or the network."
         ) from error
+
+
+def attention_length(section: ModelSection) -> float:
+    """Return at how many tokens a document's attention costs as much as all the rest of the decoder layers.
+
+    A layer has about 12 H² parameters, so 24 H² operations a token forward; causal attention takes 2 L H a token of a document
+    of L tokens (two products over L/2 keys on average). They are equal at L = 12 H.
+    """
+    file = folder(section.path, section.revision, weights=False) / "config.json"
+    hidden = {**json.loads(file.read_text()), **section.config_overrides}.get("hidden_size")
+    return 12.0 * hidden if isinstance(hidden, int) else math.inf
 
 
 def tokenizer_folder(section: ModelSection) -> Path:

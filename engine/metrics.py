@@ -45,6 +45,25 @@ class JsonLines:
 
 
 class Console:
+    """Takes lines and figures, and shows none: what every rank but the first has."""
+
+    def note(self, text: str) -> None:
+        """Take a line for log.txt alone."""
+
+    def say(self, text: str) -> None:
+        """Take a line."""
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Take it that training begins."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a step's figures."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class TerminalConsole(Console):
     """A progress bar on a terminal; a plain line now and then elsewhere."""
 
     def __init__(self, log: Path, *, enabled: bool = True) -> None:
@@ -109,10 +128,9 @@ class Console:
         self._log.close()
 
 
-def build(section: LoggerSection, run_dir: Path) -> tuple[Console, list[Logger]]:
-    """Return the console, which takes lines as well, and all loggers."""
-    console = Console(run_dir / "log.txt", enabled="console" in section.backends)
-    return console, [JsonLines(run_dir / "metrics.jsonl"), console]
+def console(section: LoggerSection, run_dir: Path, *, main: bool) -> Console:
+    """Return the console of a run: silent on all ranks but the first."""
+    return TerminalConsole(run_dir / "log.txt", enabled="console" in section.backends) if main else Console()
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from engine import hub
 from engine.config.schema import RunConfig
 from engine.data.cache import Samples
+from engine.ranks import Ranks
 
 PACKAGES = (
     "anneal",
@@ -31,20 +32,25 @@ PACKAGES = (
 BLOCK = 1 << 20
 
 
-def receipt(config: RunConfig, samples: dict[str, Samples], device: str) -> dict[str, Any]:
+def receipt(config: RunConfig, samples: dict[str, Samples], ranks: Ranks) -> dict[str, Any]:
     """Return the fingerprints of data, weights, code, versions and hardware.
 
     Args:
         config: The recipe.
         samples: Tokenised data by split; a fingerprint covers rows, tokenizer, template and settings.
-        device: "cpu" or "cuda".
+        ranks: Their number and kind of device.
     """
     return {
         "data": {split: s.fingerprint for split, s in samples.items()},
         "weights": weights_fingerprint(config),
         "code": _code(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {"machine": platform.machine(), "device": _device(device), "cores": os.cpu_count()},
+        "hardware": {
+            "machine": platform.machine(),
+            "device": _device(ranks.device.type),
+            "cores": os.cpu_count(),
+            "ranks": ranks.size,
+        },
         "samples": {split: vars(s.summary) for split, s in samples.items()},
     }
 

@@ -7,12 +7,14 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from engine import checkpoint
+from engine.checkpoint import TrainState
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 
@@ -26,33 +28,41 @@ RESUMABLE = {
     "data.cache_dir",
     "data.num_workers",
     "run.probe",
+    "run.record_memory",
+    "run.profile_steps",
+    "backend.torch",
 }
 """Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
 
 
 class RunFolder:
-    """A locked run folder.
+    """The folder of a run, locked by the one process that writes what the run has once.
 
     Args:
         config: The recipe.
         recipe: Its re-runnable text.
+        lock: Name of the lock file; None on the ranks that do not write.
+        wait_s: How long an earlier holder may take to go away.
 
     Raises:
         UserError: If the folder is in use, not writable, or holds another recipe's run.
     """
 
-    def __init__(self, config: RunConfig, recipe: str) -> None:
+    def __init__(self, config: RunConfig, recipe: str, lock: str | None = ".lock", wait_s: float = 0.0) -> None:
         self.path = Path(config.run.dir).expanduser().absolute()
+        self._lock: TextIO | None = None
+        if lock is None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = (self.path / lock).open("a+")
         except OSError as error:
             raise UserError(
                 f"run.dir={config.run.dir}: cannot be made or written ({error.strerror}); choose another folder."
             ) from error
         self.recipe = recipe
         try:
-            self._take_lock()
+            self._take_lock(self._lock, time.monotonic() + wait_s)
             self._check_recipe(config)
         except UserError:
             self.release()
@@ -67,6 +77,10 @@ class RunFolder:
     def hf(self) -> Path:
         """Folder of the final weights."""
         return self.path / "hf"
+
+    def hf_at(self, step: int) -> Path:
+        """Folder of the weights after a step (``checkpoint.hf_period``)."""
+        return self.path / "hf_steps" / f"step_{step:08d}"
 
     def check_receipt(self, lock: dict[str, Any]) -> None:
         """Refuse to go on with other data or weights than the run began with.
@@ -109,6 +123,29 @@ class RunFolder:
                 f"{where}: holds a run of another recipe; restore these keys to continue it, or choose another folder:{shown}"
             )
 
+    def resume_from(self, config: RunConfig) -> tuple[Path | None, TrainState]:
+        """Return the checkpoint to go on from, and where the run was: the folder's own newest, else the one that run.resume names.
+
+        Raises:
+            RunError: If a file of it is missing or cut short.
+            UserError: If run.resume names another than the folder's own newest, or a run of another recipe.
+        """
+        source = max(checkpoint.all_in(self.checkpoints), default=None)
+        if config.run.resume not in ("auto", "never"):
+            named = checkpoint.find(Path(config.run.resume).expanduser()).resolve()
+            if source is None:
+                self.check_same_recipe(named.parent.parent / "recipe.yaml", f"run.resume={config.run.resume}")
+                source = named
+            elif named.parent == self.checkpoints.resolve() and named.name != source.name:
+                raise UserError(
+                    f"run.resume={config.run.resume}: {self.path} holds newer checkpoints, which going on from there would mix "
+                    "up; remove them, or choose another run.dir."
+                )
+        if source is None:
+            return None, TrainState()
+        checkpoint.check_whole(source)
+        return source, checkpoint.read_state(source)
+
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie past a step, and a line that a crash left unfinished."""
         file = self.path / "metrics.jsonl"
@@ -125,24 +162,29 @@ class RunFolder:
 
     def release(self) -> None:
         """Let another run have the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"run.dir={self.path}: its file system has no locks ({error.strerror}); choose a folder on another one."
-                ) from error
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            raise UserError(
-                f"run.dir={self.path}: in use by {owner}; wait for it, stop it, or choose another folder."
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+    def _take_lock(self, lock: TextIO, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UserError(
+                        f"run.dir={self.path}: its file system has no locks ({error.strerror}); choose a folder on another one."
+                    ) from error
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read().strip() or "another process"
+                    raise UserError(
+                        f"run.dir={self.path}: in use by {owner}; wait for it, stop it, or choose another folder."
+                    ) from error
+            time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
 
     def _check_recipe(self, config: RunConfig) -> None:
         if not checkpoint.all_in(self.checkpoints):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.checkpoint import Checkpoints, TrainState, written_aside
 from engine.config.schema import RunConfig
 from engine.data.loader import Loader
 from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError, UserError
 from engine.metrics import Console, Logger
+from engine.ranks import Ranks
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.types import Backend, Callback, Control, MicroBatch, Objective, StepMetrics
@@ -31,7 +34,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR2 end the preparations at once, and training after its step; a second SIGINT interrupts."""
+    """SIGTERM, SIGINT and SIGUSR2 end the preparations at once, and training after its step; a second SIGINT interrupts.
+
+    Signals reach a process's main thread; where the loop runs in another one, its executor sets ``signal``.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -41,8 +47,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -67,11 +74,37 @@ class Pending:
     figures: dict[str, float]
 
 
+class Counts(NamedTuple):
+    """What the micro-batches of a step hold, over all ranks."""
+
+    units: float
+    sequences: float
+    tokens: float
+    places: float
+    """Tokens with padding."""
+    trained_tokens: float
+    squared_lengths: float
+    """Sum of the squared lengths of the documents, for the cost of attention."""
+
+    @classmethod
+    def of(cls, batches: Sequence[MicroBatch], objective: Objective) -> Counts:
+        """Count one rank's micro-batches."""
+        return cls(
+            units=sum(objective.units(b.targets) for b in batches),
+            sequences=sum(len(b.targets.bounds) - 1 for b in batches),
+            tokens=sum(b.num_tokens for b in batches),
+            places=sum(b.input_ids.numel() for b in batches),
+            trained_tokens=sum(b.targets.num_tokens for b in batches),
+            squared_lengths=sum(n * n for b in batches for n in b.lengths()),
+        )
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Everything the loop needs, already built."""
 
     config: RunConfig
+    ranks: Ranks
     backend: Backend
     objective: Objective
     train: Loader
@@ -88,6 +121,8 @@ class Trainer:
             config=self.config,
             run_dir=self.folder.path,
             backend=self.backend,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
             step=self.state.step,
             total_steps=self.state.total_steps,
             epoch=int(self.state.epoch),
@@ -95,11 +130,12 @@ class Trainer:
         )
         self._pending: Pending | None = None
         self._since_save: dict[str, float] = {}
-        self._checkpoint_s: float | None = None
+        self._timings: dict[str, float] = {}  # measured beside a step: logged with the next one
         self._saved_step = self.state.step if self.checkpoints.newest() is not None else None
+        self._stopped_by: str | None = None
 
     def run(self, stop: StopRequest) -> int:
-        """Train to the end, or until a signal or a callback asks to stop.
+        """Train to the end, or until a signal or a callback asks to stop; all ranks do the same.
 
         Args:
             stop: Notes the signals of this process.
@@ -112,26 +148,32 @@ class Trainer:
         """
         config, state, stop.training = self.config, self.state, True
         self._call("on_train_begin")
-        if state.step == 0 and config.algorithm.val_at_start:
+        if state.step == 0 and (config.algorithm.val_at_start or not state.total_steps):
             self._evaluate()
         self.console.start(state.step, state.total_steps)
-        while state.step < state.total_steps and not self.control.should_stop and stop.signal is None:
+        self._agree(stop)
+        while state.step < state.total_steps and not self.control.should_stop and self._stopped_by is None:
             self._step()
+            self._agree(stop)
             evaluate = self._due(config.algorithm.val_period) or self.control.should_evaluate
             if evaluate:
                 self._evaluate()
-            last = state.step == state.total_steps or self.control.should_stop
-            if last and config.algorithm.val_at_end and not evaluate:
+                self._agree(stop)
+            state.finished = state.step == state.total_steps or self.control.should_stop
+            if state.finished and config.algorithm.val_at_end and not evaluate:
                 self._evaluate()
-            state.finished = last
-            if last or self._due(config.checkpoint.period) or self.control.should_save:
+            if state.finished or self._due(config.checkpoint.period) or self.control.should_save:
                 self._save()
-        stopped = stop.signal is not None and state.step < state.total_steps and not self.control.should_stop
+            if self._due(config.checkpoint.hf_period):
+                self._export(self.folder.hf_at(state.step))
+        if not state.total_steps:
+            return EXIT_DONE  # algorithm.max_num_steps=0 validates, and trains nothing to keep
         if self._saved_step != state.step:
             self._save()
-        if stopped:
+        self._publish_checkpoint()
+        if self._stopped_by is not None and not state.finished:
             self.console.say(
-                f"stopped by {stop.signal} after step {state.step} of {state.total_steps}, checkpoint saved; "
+                f"stopped by {self._stopped_by} after step {state.step} of {state.total_steps}, checkpoint saved; "
                 f"the same command with run.dir={self.folder.path} goes on from there."
             )
             return EXIT_STOPPED
@@ -148,40 +190,60 @@ class Trainer:
         self._call("on_step_begin")
         batches = self.train.step(state.step)
         loaded = time.perf_counter()
-        units = float(sum(self.objective.units(b.targets) for b in batches))
+        counts = Counts(*self.ranks.sum(Counts.of(batches, self.objective)))
+        met = time.perf_counter()
         lr = learning_rate(state.step + 1, state.total_steps, self.config.optimizer.lr, self.config.scheduler)
-        result = self.backend.train_step(batches, self.objective, units, lr)
-        self._advance(batches)
+        result = self.backend.train_step(batches, self.objective, counts.units, lr)
+        if self.ranks.size > 1:
+            self._timings |= {"perf/imbalance": self.train.imbalance(state.step), "timing/wait_s": met - loaded}
+        self._advance(counts)
         self._flush()
         taken = time.perf_counter() - started
-        tokens, padded = sum(b.num_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
         figures = {
             "train/lr": lr,
-            "train/tokens": tokens,
-            "train/trained_tokens": sum(b.targets.num_tokens for b in batches),
+            "train/tokens": int(counts.tokens),
+            "train/trained_tokens": int(counts.trained_tokens),
             "train/epoch": state.epoch,
             "train/total_tokens": state.total_tokens,
             "perf/step_s": taken,
-            "perf/tokens_per_second": tokens / taken,
-            "perf/tokens_per_second_per_device": tokens / taken,
-            "perf/padding_share": 1 - tokens / padded,
+            "perf/tokens_per_second": counts.tokens / taken,
+            "perf/tokens_per_second_per_device": counts.tokens / taken / self.ranks.size,
+            "perf/padding_share": 1 - counts.tokens / counts.places,
             "perf/memory_gb": memory_gb(),
             "timing/data_s": loaded - started,
+            **self._timings,
         }
-        if self._checkpoint_s is not None:
-            figures["timing/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, None
+        mfu = self.backend.utilization(
+            tokens=counts.tokens,
+            trained_tokens=counts.trained_tokens,
+            squared_lengths=counts.squared_lengths,
+            seconds=taken,
+        )
+        if mfu is not None:
+            figures["perf/mfu"] = mfu
+        self._timings = {}
         self._pending = Pending(step=state.step, result=result, figures=figures)
         self._call("on_step_end")
         if state.step % per_epoch == 0:
             self._call("on_epoch_end")
 
-    def _advance(self, batches: Sequence[MicroBatch]) -> None:
+    def _agree(self, stop: StopRequest) -> None:
+        """Make every rank's signals and requests those of all, and publish the checkpoint that all have written."""
+        control, number = self.control, 0 if stop.signal is None else signal.Signals[stop.signal].value
+        asked = [number, control.should_save, control.should_evaluate, control.should_stop, self.checkpoints.busy]
+        number, save, evaluate, end, busy = map(int, self.ranks.max(asked))
+        control.should_save, control.should_evaluate, control.should_stop = bool(save), bool(evaluate), bool(end)
+        self._stopped_by = signal.Signals(number).name if number else None
+        if not busy:
+            self._publish_checkpoint()
+
+    def _advance(self, counts: Counts) -> None:
         state = self.state
-        state.consumed_samples += sum(len(b.targets.bounds) - 1 for b in batches)
+        state.consumed_samples += int(counts.sequences)
         state.step += 1
         state.epoch = state.step / self.train.plan.steps_per_epoch
-        state.total_tokens += sum(b.num_tokens for b in batches)
-        state.total_valid_tokens += sum(b.targets.num_tokens for b in batches)
+        state.total_tokens += int(counts.tokens)
+        state.total_valid_tokens += int(counts.trained_tokens)
         self.control.step = state.step
 
     def _flush(self) -> None:
@@ -227,21 +289,38 @@ class Trainer:
             callback.on_evaluate(self.control, metrics)
 
     def _save(self) -> None:
+        """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
         self._flush()
         self.control.should_save = False
+        self._publish_checkpoint()
         self.state.val_loss = self._since_save.get("validation/loss")
         self.state.metric = self._since_save.get(self.config.checkpoint.metric)
         started = time.perf_counter()
-        checkpoint = self.checkpoints.save(self.state, self.backend)
-        self._checkpoint_s = time.perf_counter() - started  # logged with the next step
+        self.checkpoints.save(self.state, self.backend)
         self._saved_step, self._since_save = self.state.step, {}
+        if not self.config.checkpoint.async_save:
+            self._publish_checkpoint()
+        self._timings["timing/checkpoint_s"] = time.perf_counter() - started
+
+    def _publish_checkpoint(self) -> None:
+        written = self.checkpoints.finish(self.backend)
+        if written is None:
+            return
+        checkpoint, self._timings["timing/checkpoint_write_s"] = written
         for callback in self.callbacks:
             callback.on_save(self.control, checkpoint)
 
+    def _export(self, target: Path) -> None:
+        """Write a Hugging Face folder; the first rank writes, the others take part in gathering."""
+        if not self.ranks.main:
+            self.ranks.together(lambda: self.backend.export(None))
+            return
+        with written_aside(target) as aside:
+            self.ranks.together(lambda: self.backend.export(aside))
+
     def _finish(self) -> None:
         self._flush()
-        with written_aside(self.folder.hf) as aside:
-            self.backend.export(aside)
+        self._export(self.folder.hf)
         self.console.say(
             f"done: {self.state.step} steps, {self.state.total_tokens:,} tokens; weights in {self.folder.hf}"
         )

@@ -76,6 +76,14 @@ class MicroBatch:
     num_tokens: int
     """Tokens that are not padding."""
 
+    def lengths(self) -> list[int]:
+        """Return the tokens of each document."""
+        if self.cu_seqlens is not None:
+            return [b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
+        assert self.attention_mask is not None
+        lengths: list[int] = self.attention_mask.sum(1).tolist()
+        return lengths
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch with its tensors on ``device``."""
 
@@ -138,45 +146,64 @@ class Backend(Protocol):
     def train_step(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
     ) -> StepMetrics:
-        """Do forward, backward, clipping and update for one global batch."""
+        """Do forward, backward, clipping and update for one global batch, of which this rank has some micro-batches."""
         ...
 
     def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
-        """Compute the loss over all micro-batches, normalised by their units, without gradients."""
+        """Compute the loss over all ranks' micro-batches, normalised by their units, without gradients."""
         ...
 
     def probe(self, samples: Sequence[Sample]) -> None:
         """Check on this model that packing and the fused loss equal its own logits; raises RunError if not."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and random state."""
+    def snapshot(self, *, copy: bool) -> Callable[[Path], None]:
+        """Return what writes this rank's part of model, optimizer and random state to a folder, once.
+
+        Args:
+            copy: Copy the state first, so that the writing may go on in another thread while training changes it.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read what a snapshot wrote, on any number of ranks."""
+        ...
+
+    def utilization(
+        self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float
+    ) -> float | None:
+        """Return the model FLOPs utilisation of a step over all devices; None where a device's peak is not known.
+
+        Args:
+            tokens: Of the step, padding not counted.
+            trained_tokens: Those of them that carry loss.
+            squared_lengths: The squared length of every document, summed.
+            seconds: That the step took.
+        """
         ...
 
     def checkpoint_bytes(self) -> int:
-        """Return the size of one checkpoint in bytes."""
+        """Return the size of one checkpoint in bytes, all ranks' parts together."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the weights and configuration as transformers loads them."""
+    def export(self, folder: Path | None) -> None:
+        """Write the weights and configuration as transformers loads them; all ranks call, those that do not write with None."""
         ...
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
-        """Answer conversations (messages up to the assistant's turn) by greedy decoding."""
+        """Answer conversations (messages up to the assistant's turn) by greedy decoding; all ranks call with the same."""
         ...
 
 
 @dataclass
 class Control:
-    """What callbacks may ask of the loop, and what they may see of it."""
+    """What callbacks may ask of the loop, and what they may see of it. What one rank asks, all ranks do."""
 
     config: RunConfig
     run_dir: Path
     backend: Backend
+    rank: int = 0
+    world_size: int = 1
     step: int = 0
     total_steps: int = 0
     epoch: int = 0
@@ -187,7 +214,7 @@ class Control:
     should_stop: bool = False
     """Ask the run to end after this step, as if it were the last."""
     say: Callable[[str], None] = print
-    """Write a line to the console and log.txt."""
+    """Write a line to the console and log.txt, once, whatever the number of ranks."""
 
 
 class Callback:
@@ -220,10 +247,13 @@ class Callback:
     def on_log(self, control: Control, metrics: dict[str, float]) -> None:
         """Before a line of metrics is written; may add to it."""
 
+    def close(self) -> None:
+        """Once training is over, however it ended."""
+
 
 class Executor(Protocol):
     """Runs the whole SPMD program of a rank wherever the ranks are."""
 
-    def run(self, worker_main: Callable[[RunConfig, str, str], int], config: RunConfig, recipe: str) -> int:
-        """Run ``worker_main`` on every rank and return the run's exit code."""
+    def run(self, config: RunConfig, recipe: str) -> int:
+        """Run every rank's ``worker.main`` and return the run's exit code."""
         ...

@@ -3,89 +3,115 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
 
-from engine import backends, checkpoint, metrics, objectives, plugins
-from engine.checkpoint import Checkpoints, TrainState
+from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins
+from engine.checkpoint import Checkpoints
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import cache
 from engine.data.loader import Loader, train_loader, val_loader
-from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError, UserError
+from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
+from engine.ranks import PeerFailed, Ranks, is_lost_peer
 from engine.receipt import receipt
 from engine.run_folder import RunFolder
 from engine.train import Stopped, StopRequest, Trainer, total_steps
 from engine.types import Backend, Callback
 
 PROBE_SAMPLES = 3
+OLD_WORKER_S = 60.0
+"""How long the first rank waits for one of the same run that is being ended."""
 
 
-def main(config: RunConfig, recipe: str, device_name: str) -> int:
-    """Run a recipe on one device.
+def main(
+    config: RunConfig, recipe: str, ranks: Ranks, stop: StopRequest, console: metrics.Console | None = None
+) -> int:
+    """Run a recipe on this rank.
 
     Args:
         config: The recipe.
         recipe: Its re-runnable text.
-        device_name: "cpu" or "cuda".
+        ranks: This rank among all.
+        stop: Notes what asks to stop.
+        console: Where another process holds the run folder and shows what happens; None: this one does.
 
     Returns:
         The run's exit code.
 
     Raises:
         RunError: For whatever ends a run with a sentence.
+        PeerFailed: Where another rank says why.
     """
-    with StopRequest() as stop:
-        folder = RunFolder(config, recipe)
-        console, loggers = metrics.build(config.logger, folder.path)
+    folder: RunFolder | None = None
+    closing: list[metrics.Logger | Callback] = []
+    with stop:
         try:
-            return _run(config, folder, console, loggers, stop, device_name)
+            folder = ranks.together(lambda: _folder(config, recipe, ranks, apart=console is not None))
+            console = console or metrics.console(config.logger, folder.path, main=ranks.main)
+            return _run(config, folder, console, closing, stop, ranks)
         except Stopped as stopped:
-            console.say(str(stopped))
+            if console is not None:
+                console.say(str(stopped))
             return EXIT_STOPPED
         except Exception as error:
-            ended = explain(error, config, folder.path)
-            console.note(f"error: {ended or error!r}")
+            ended = explain(error, config)
+            if isinstance(ended, PeerFailed) or not ranks.blame():
+                raise PeerFailed(getattr(ended, "exit_code", EXIT_ERROR)) from error
+            if console is not None:
+                console.note(f"error: {ended or repr(error)}")
             if ended is None or ended is error:
                 raise
             raise ended from error
         finally:
-            for logger in loggers:
-                with suppress(OSError):  # a full disk has been reported
-                    logger.close()
-            folder.release()
+            for part in [*closing, console]:
+                if part is not None:
+                    with suppress(OSError):  # a full disk has been reported
+                        part.close()
+            if folder is not None:
+                folder.release()
+
+
+def _folder(config: RunConfig, recipe: str, ranks: Ranks, *, apart: bool) -> RunFolder:
+    """Return the run folder, locked by the first rank; with a lock of its own where another process has locked it."""
+    if not ranks.main:
+        return RunFolder(config, recipe, lock=None)
+    return RunFolder(config, recipe, lock=".lock.worker", wait_s=OLD_WORKER_S) if apart else RunFolder(config, recipe)
 
 
 def _run(
     config: RunConfig,
     folder: RunFolder,
     console: metrics.Console,
-    loggers: list[metrics.Logger],
+    closing: list[metrics.Logger | Callback],
     stop: StopRequest,
-    device_name: str,
+    ranks: Ranks,
 ) -> int:
     """Put the rank together, piece by piece, and train."""
     console.say(f"run folder {folder.path}")
-    callbacks = [_callback(spec) for spec in config.run.callbacks]
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-    source = _resume_from(config, folder, checkpoints)
-    state = checkpoint.read_state(source) if source is not None else TrainState()
-    samples = _samples(config, folder, console)
-    train, val = _loaders(config, samples)
-    lock = receipt(config, samples, device_name)
-    folder.check_receipt(lock)
-    planned, state.total_steps = state.total_steps, total_steps(config, train)
+    callbacks = ranks.together(lambda: [*monitor.builtin(config), *map(_callback, config.run.callbacks)])
+    closing += callbacks
+    checkpoints = ranks.together(lambda: Checkpoints(folder.checkpoints, config.checkpoint, ranks))
+    source, state = ranks.first(lambda: folder.resume_from(config))
+    samples = _samples(config, folder, console, ranks)
+    train, val = ranks.together(lambda: _loaders(config, samples, ranks))
+    lock = ranks.first(lambda: _receipt(config, samples, folder, ranks))
+    planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
-    if source is not None and done and (folder.hf / "config.json").is_file():
+    if source is not None and done and ranks.first((folder.hf / "config.json").is_file):
         console.say(f"already finished: {state.step} steps; weights in {folder.hf}")
         return EXIT_DONE
-    folder.write_recipe(lock)
-    backend = _backend(config, samples["train"], device_name)
-    checkpoints.check_space(backend)
-    folder.cut_metrics(state.step if source is not None else -1)
+    ranks.first(lambda: folder.write_recipe(lock))
+    logging = ranks.together(lambda: _loggers(config, folder, console, state.step) if ranks.main else [])
+    closing += logging
+    backend = ranks.together(lambda: _backend(config, samples["train"], ranks))
+    ranks.first(lambda: checkpoints.check_space(backend))
+    ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
-        backend.load(source)
+        ranks.together(lambda: checkpoint.check_whole(source, ranks))
+        ranks.together(lambda: backend.load(source))
         console.say(f"resuming after step {state.step} of {state.total_steps} from {source}")
     return Trainer(
         config=config,
+        ranks=ranks,
         backend=backend,
         objective=objectives.build(config.algorithm),
         train=train,
@@ -93,27 +119,42 @@ def _run(
         folder=folder,
         checkpoints=checkpoints,
         console=console,
-        loggers=loggers,
+        loggers=[*logging, console],
         callbacks=callbacks,
         state=state,
     ).run(stop)
 
 
-def _samples(config: RunConfig, folder: RunFolder, console: metrics.Console) -> dict[str, cache.Samples]:
-    """Return the tokenised data by split, made now where the cache has none."""
+def _loggers(config: RunConfig, folder: RunFolder, console: metrics.Console, step: int) -> list[metrics.Logger]:
+    """Return where the figures go, the console excepted."""
+    jsonl = metrics.JsonLines(folder.path / "metrics.jsonl")
+    return [jsonl, *loggers.build(config, folder.recipe, folder.path, step, console.say)]
+
+
+def _samples(config: RunConfig, folder: RunFolder, console: metrics.Console, ranks: Ranks) -> dict[str, cache.Samples]:
+    """Return the tokenised data by split: made by the first rank where the cache has none, then read by the others."""
     splits = ["train", "val"] if config.data.val_path is not None else ["train"]
-    return {split: cache.prepare(config, split, folder.path, console.say) for split in splits}
+
+    def prepare(*, made: bool) -> dict[str, cache.Samples]:
+        return {split: cache.prepare(config, split, folder.path, console.say, made=made) for split in splits}
+
+    first = ranks.together(lambda: prepare(made=False) if ranks.main else {})
+    return ranks.together(lambda: first or prepare(made=True))
 
 
-def _loaders(config: RunConfig, samples: dict[str, cache.Samples]) -> tuple[Loader, Loader | None]:
-    """Return the loaders of training and validation data."""
+def _loaders(config: RunConfig, samples: dict[str, cache.Samples], ranks: Ranks) -> tuple[Loader, Loader | None]:
+    """Return the loaders of this rank's training and validation data."""
     data, algorithm, sizes = config.data, config.algorithm, config.train
+    attention_length = hub.attention_length(config.model)
     train = train_loader(
         samples["train"],
         data,
         batch_size=sizes.global_batch_size,
         micro_batch_size=sizes.micro_batch_size,
         seed=config.run.seed,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        attention_length=attention_length,
     )
     if "val" not in samples:
         return train, None
@@ -122,41 +163,30 @@ def _loaders(config: RunConfig, samples: dict[str, cache.Samples]) -> tuple[Load
         data,
         batch_size=algorithm.val_global_batch_size or sizes.global_batch_size,
         micro_batch_size=algorithm.val_micro_batch_size or sizes.micro_batch_size,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        attention_length=attention_length,
     )
     return train, val
 
 
-def _backend(config: RunConfig, samples: cache.Samples, device_name: str) -> Backend:
+def _receipt(config: RunConfig, samples: dict[str, cache.Samples], folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
+    """Return what the run consumes, once it is known to be what it has consumed so far."""
+    lock = receipt(config, samples, ranks)
+    folder.check_receipt(lock)
+    return lock
+
+
+def _backend(config: RunConfig, samples: cache.Samples, ranks: Ranks) -> Backend:
     """Build the backend and prove it on a few samples."""
     import torch
 
     if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
-    backend = backends.build(config, torch.device(device_name))
+    backend = backends.build(config, ranks)
     if config.run.probe:
         backend.probe([samples[i] for i in range(min(PROBE_SAMPLES, len(samples)))])
     return backend
-
-
-def _resume_from(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint to go on from: the folder's own newest, else the one that run.resume names.
-
-    Raises:
-        UserError: If run.resume names another than the folder's own newest, or a run of another recipe.
-    """
-    own = checkpoints.newest()
-    if config.run.resume in ("auto", "never"):
-        return own
-    named = checkpoint.find(Path(config.run.resume).expanduser()).resolve()
-    if own is not None:
-        if named.parent == folder.checkpoints.resolve() and named.name != own.name:
-            raise UserError(
-                f"run.resume={config.run.resume}: {folder.path} holds newer checkpoints, which going on from there would mix up; "
-                "remove them, or choose another run.dir."
-            )
-        return own
-    folder.check_same_recipe(named.parent.parent / "recipe.yaml", f"run.resume={config.run.resume}")
-    return named
 
 
 def _callback(spec: str) -> Callback:
@@ -170,15 +200,20 @@ def _callback(spec: str) -> Callback:
     return callback
 
 
-def explain(error: Exception, config: RunConfig, run_dir: Path) -> RunError | None:
+def explain(error: Exception, config: RunConfig) -> RunError | None:
     """Return the sentence that ends a run for this error, or None where only a traceback helps."""
     if isinstance(error, RunError):
         return error
     if is_out_of_memory(error):
         return RunError(f"out of memory: {remedy(config)}.")
     if checkpoint.is_disk_full(error):
-        where = getattr(error, "filename", None) or run_dir
+        where = getattr(error, "filename", None) or config.run.dir
         return RunError(f"{where}: the disk is full; free some space and repeat the command.")
+    if is_lost_peer(error):
+        return RunError(
+            f"another rank was lost ({' '.join(str(error).split())[:120]}); look at its machine, and repeat the command, which "
+            "goes on from the last checkpoint."
+        )
     return None
 
 

@@ -91,7 +91,7 @@ def chunk_edges(bounds: Sequence[int], rows: int) -> list[int] | None:
         rows: Most tokens in a chunk.
     """
     if isinstance(bounds, range):  # every token is a group
-        return [*range(0, len(bounds) - 1, rows), len(bounds) - 1]
+        return [*range(0, max(1, len(bounds) - 1), rows), len(bounds) - 1]
     edges = [0]
     for group, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if stop - start > rows:

@@ -15,6 +15,7 @@ from engine.config.schema import RunConfig
 from engine.data import cache
 from engine.data.loader import Loader, train_loader
 from engine.objectives.sft import SFT
+from engine.ranks import Ranks
 
 TOLERANCE = 1e-5
 
@@ -36,12 +37,12 @@ def loader_of(config: RunConfig, tmp_path: Path) -> Loader:
 
 def gradients(config: RunConfig, loader: Loader, step: int = 0) -> tuple[float, dict[str, torch.Tensor], int]:
     """Return loss, gradients and number of micro-batches of one step, before clipping and update."""
-    backend = TorchBackend(config, torch.device("cpu"))
+    backend = TorchBackend(config, Ranks())
     objective, batches = SFT(), loader.step(step)
     units = sum(objective.units(b.targets) for b in batches)
     total = 0.0
     for batch in batches:
-        loss, _ = backend.root(batch, objective)
+        loss, _ = backend.root(backend.root.loss, batch, objective)
         (loss / units).backward()
         total += float(loss.detach()) / units
     grads = {name: p.grad.clone() for name, p in backend.weights.master.items() if p.grad is not None}
@@ -129,7 +130,7 @@ def test_curve_equals_plain_pytorch(base: list[str], tmp_path: Path) -> None:
         "scheduler.warmup_ratio=0.2",
     )
     loader, objective = loader_of(config, tmp_path), SFT()
-    backend = TorchBackend(config, torch.device("cpu"))
+    backend = TorchBackend(config, Ranks())
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.model.path, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -172,8 +173,8 @@ def test_curve_equals_plain_pytorch(base: list[str], tmp_path: Path) -> None:
 def test_bfloat16_keeps_float32_master_weights(base: list[str], tmp_path: Path) -> None:
     config = config_of(base, tmp_path, "model.dtype=bfloat16", "data.packing.max_tokens=256")
     loader, objective = loader_of(config, tmp_path), SFT()
-    backend = TorchBackend(config, torch.device("cpu"))
-    full = TorchBackend(config_of(base, tmp_path), torch.device("cpu"))
+    backend = TorchBackend(config, Ranks())
+    full = TorchBackend(config_of(base, tmp_path), Ranks())
     assert {p.dtype for p in backend.lm.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in backend.weights.master.values()} == {torch.float32}
     losses = []
@@ -185,14 +186,14 @@ def test_bfloat16_keeps_float32_master_weights(base: list[str], tmp_path: Path) 
         )  # a step that bfloat16 weights alone could not take
     for ours, exact in losses:
         assert ours == pytest.approx(exact, rel=5e-3)
-    before = torch.cat([p.flatten() for p in TorchBackend(config, torch.device("cpu")).weights.master.values()])
+    before = torch.cat([p.flatten() for p in TorchBackend(config, Ranks()).weights.master.values()])
     after = torch.cat([p.detach().flatten() for p in backend.weights.master.values()])
     assert 0 < float((after - before).detach().abs().max()) < 1e-4
 
 
 def test_non_finite_step_changes_nothing(base: list[str], tmp_path: Path) -> None:
     config = config_of(base, tmp_path)
-    loader, backend, objective = loader_of(config, tmp_path), TorchBackend(config, torch.device("cpu")), SFT()
+    loader, backend, objective = loader_of(config, tmp_path), TorchBackend(config, Ranks()), SFT()
     batches = loader.step(0)
     backend.train_step(batches, objective, 100.0, 1e-3)
     before = {n: p.detach().clone() for n, p in backend.weights.master.items()}
@@ -228,7 +229,7 @@ def test_families_pass_the_probe_and_equal_plain_pytorch(
     folder = random_model(tmp_path / "model", model_folder, *FAMILIES[family])
     config = config_of([o for o in base if not o.startswith("model.path")], tmp_path, f"model.path={folder}")
     loader = loader_of(config, tmp_path)
-    TorchBackend(config, torch.device("cpu")).probe([loader.samples[i] for i in range(3)])
+    TorchBackend(config, Ranks()).probe([loader.samples[i] for i in range(3)])
     assert_same(gradients(config, loader), plain_pytorch(config, loader))
 
 
@@ -248,7 +249,7 @@ def test_probe_refuses_a_model_that_scales_its_logits(
     folder = random_model(tmp_path / "model", model_folder, name, fields)
     config = config_of([o for o in base if not o.startswith("model.path")], tmp_path, f"model.path={folder}")
     loader = loader_of(config, tmp_path)
-    backend = TorchBackend(config, torch.device("cpu"))
+    backend = TorchBackend(config, Ranks())
     with pytest.raises(UserError, match=r"differ from the model's own logits|does not know"):
         backend.probe([loader.samples[i] for i in range(3)])
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,17 @@ def test_state_of_a_checkpoint(finished: Path) -> None:
     assert state["step"] == state["total_steps"] == 5 and state["epoch"] == 1.0 and state["consumed_samples"] == 40
     assert state["total_valid_tokens"] == sum(line["train/trained_tokens"] for line in train)
     assert state["val_loss"] is not None
-    unpicklable = [p for p in (finished / "checkpoints").rglob("*") if p.suffix in {".pt", ".bin", ".pkl", ".pth"}]
-    assert not unpicklable
-    assert (finished / "checkpoints" / "step_00000005" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    files = [p for p in (finished / "checkpoints").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".jinja"}  # nothing that is unpickled
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in files)
+    assert [p.name for p in files if p.suffix == ".safetensors"] == ["shard-00001-model-00001-of-00001.safetensors"] * 2
+
+
+def test_manifest_of_a_checkpoint_has_size_and_checksum_of_every_file(finished: Path) -> None:
+    folder = finished / "checkpoints" / "step_00000005"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("manifest.json", "state.json")}
+    assert manifest == {name: [len(words), zlib.crc32(words)] for name, words in files.items()}
 
 
 def test_validation_loss_is_that_of_the_whole_set(finished: Path, rows_file: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine.config.schema import RunConfig
+from engine.ranks import Ranks
 from engine.types import Backend
 
-if TYPE_CHECKING:
-    import torch
 
-
-def build(config: RunConfig, device: torch.device) -> Backend:
-    """Return the backend that ``backend.name`` chooses, its model on ``device``."""
+def build(config: RunConfig, ranks: Ranks) -> Backend:
+    """Return the backend that ``backend.name`` chooses, its model spread over the ranks."""
     from engine.backends.torch_backend import TorchBackend
 
-    return TorchBackend(config, device)
+    return TorchBackend(config, ranks)

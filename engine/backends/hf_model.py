@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from engine import hub
 from engine.config.schema import ModelSection
 from engine.data.template import template_text
-from engine.errors import RunError, UserError
+from engine.errors import UserError
 
 
 def compute_dtype(model: ModelSection, device: torch.device) -> torch.dtype:
@@ -25,28 +26,26 @@ def compute_dtype(model: ModelSection, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def load(model: ModelSection, *, seed: int, attention: str) -> Any:
-    """Return the model in float32 on the CPU, with weights from its folder or fresh ones.
+def skeleton(section: ModelSection, *, attention: str) -> Any:
+    """Return the model without its weights: parameters on the meta device, buffers real.
 
     Args:
-        model: The recipe's model.
-        seed: Of fresh weights.
+        section: The recipe's model.
         attention: Name in transformers' attention interface.
 
     Raises:
-        UserError: For an unknown field in ``config_overrides``, or weights that do not fit the configuration.
+        UserError: For a configuration that cannot be read, or an unknown field in ``config_overrides``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what it warns of is refused below
-    folder = hub.folder(model.path, model.revision, weights=model.init == "pretrained")
+    logging.set_verbosity_error()  # what it warns of when it loads weights is refused
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(_folder(section), trust_remote_code=section.trust_remote_code)
     except (ValueError, OSError) as error:
-        raise UserError(f"model.path={model.path}: {_one_line(error)}.") from error
-    for key, value in model.config_overrides.items():
+        raise UserError(f"model.path={section.path}: {_one_line(error)}.") from error
+    for key, value in section.config_overrides.items():
         known = config.to_dict()
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -55,23 +54,133 @@ def load(model: ModelSection, *, seed: int, attention: str) -> Any:
                 + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(known))}.")
             )
         setattr(config, key, value)
-    options = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    options = {"attn_implementation": attention, "trust_remote_code": section.trust_remote_code}
     try:
-        if model.init == "random":
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, **options)
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(f"model.path={section.path}: the model cannot be built ({_one_line(error)}).") from error
+
+
+def load(section: ModelSection, config: Any) -> Any:
+    """Return the model with the weights of its folder, float32, on the CPU.
+
+    Args:
+        section: The recipe's model.
+        config: The skeleton's configuration.
+
+    Raises:
+        UserError: For weights that do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            _folder(section),
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=config._attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (ValueError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.path={model.path}: the model cannot be loaded ({_one_line(error)}).") from error
+        raise UserError(f"model.path={section.path}: the model cannot be loaded ({_one_line(error)}).") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise UserError(
-            f"model.path={model.path}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}…), and would be "
-            "random; complete the folder, correct model.config_overrides, or train fresh weights with model.init=random."
+            f"model.path={section.path}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}…), and would "
+            "be random; complete the folder, correct model.config_overrides, or train fresh weights with model.init=random."
         )
     return loaded
+
+
+def sources(section: ModelSection, config: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Any]]:
+    """Return for each parameter what is sliced to read rows of its weights, without reading the others.
+
+    A folder whose files name the weights otherwise than the model does is loaded whole instead, as transformers converts it.
+
+    Args:
+        section: The recipe's model.
+        config: The skeleton's configuration.
+        shapes: The parameters by name.
+
+    Raises:
+        UserError: For weights that do not fit the configuration.
+    """
+    files: dict[str, Any] = {}
+    try:
+        for file in sorted(_folder(section).glob("*.safetensors")):
+            opened = safe_open(file, "pt")
+            files |= {name: opened for name in opened.keys()}  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.path={section.path}: the model cannot be loaded ({_one_line(error)}).") from error
+    if all(n in files and files[n].get_slice(n).get_shape() == list(shape) for n, shape in shapes.items()):
+        yield from ((name, files[name].get_slice(name)) for name in shapes)
+    else:
+        whole = dict(load(section, config).named_parameters())
+        yield from ((name, whole[name].detach()) for name in shapes)
+
+
+def initialise(lm: Any, seed: int, into: Callable[[nn.Module, str, Tensor], None]) -> None:
+    """Draw fresh weights, one module at a time, each from a random stream of its own.
+
+    They are a function of the seed and the module's name alone, whatever the ranks and shards.
+
+    Args:
+        lm: A skeleton, sharded or not.
+        seed: ``run.seed``.
+        into: Takes (module, parameter's full name, its weights, float32 on the CPU).
+
+    Raises:
+        UserError: If the model leaves a parameter without an initial value.
+    """
+    seen: set[int] = set()
+    for path, module in lm.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        if not own:
+            continue
+        seen |= {id(p) for p in own.values()}
+        fresh = {n: nn.Parameter(torch.full(p.shape, torch.nan)) for n, p in own.items()}
+        before = dict(module._parameters)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "little") >> 1)
+        module._parameters.update(fresh)
+        lm._init_weights(module)
+        module._parameters.update(before)
+        for name, p in fresh.items():
+            full = f"{path}.{name}" if path else name
+            if p.isnan().any():
+                raise UserError(
+                    f"model.init=random: {type(lm).__name__} does not say how {full} begins; use pretrained weights."
+                )
+            into(module, full, p.detach())
+
+
+def into_module(module: nn.Module, name: str, weights: Tensor) -> None:
+    """Make the weights a module's own."""
+    leaf = name.rpartition(".")[2]
+    module._parameters[leaf] = nn.Parameter(weights)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give every parameter that a module registers no storage; buffers keep theirs."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _folder(section: ModelSection) -> Path:
+    return hub.folder(section.path, section.revision, weights=section.init == "pretrained")
 
 
 def write(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -100,18 +209,6 @@ def write_description(model: Any, tokenizer: Any, folder: Path, dtype: torch.dty
     config.dtype = dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def load_weights(file: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file of a checkpoint.
-
-    Raises:
-        RunError: If it is missing or not whole.
-    """
-    try:
-        return load_file(file, device)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{file.parent}: the checkpoint cannot be read ({error}); resume from another one.") from error
 
 
 def trained_tokenizer(section: ModelSection) -> Any:
@@ -152,11 +249,6 @@ def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]
         lm.train(was_training)
     answers: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
-
-
-def named_parameters(model: Any) -> dict[str, Tensor]:
-    """Return the parameters by name, tied ones once."""
-    return dict(model.named_parameters(remove_duplicate=True))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,24 +1,29 @@
-"""A transformers model on one device: packed forward, fused output layer, AdamW with float32 master weights."""
+"""A transformers model: packed forward, fused output layer, AdamW on float32 weights, whole or sharded over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine.backends import attention, hf_model
+from engine import flops
+from engine.backends import attention, hf_model, shards
+from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
 from engine.errors import UserError
+from engine.ranks import Ranks
 from engine.types import MicroBatch, Objective, Sample, StepMetrics
 from kernels import reference
 
+T = TypeVar("T")
 WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 """Float32 logits that exist at once: on CPUs a chunk is best when it stays near the caches."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -33,6 +38,10 @@ class Trainable(nn.Module):
         self.lm = lm
         self.workspace_mb = workspace_mb
 
+    def forward(self, work: Callable[..., T], *args: Any) -> T:
+        """Return ``work(*args)``, done where the root's weights are at hand, gathered if they are sharded."""
+        return work(*args)
+
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Return the hidden states from which the trained tokens are predicted, [N, H]."""
         states: Tensor = self.lm.get_decoder()(
@@ -44,7 +53,7 @@ class Trainable(nn.Module):
         ).last_hidden_state
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.index_N)
 
-    def forward(self, batch: MicroBatch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: MicroBatch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum of a micro-batch and the sums to report."""
         size, targets = objective.sequences_per_group, batch.targets
 
@@ -67,67 +76,35 @@ class Trainable(nn.Module):
         return reference.linear_logprobs(self.hidden(batch), weight, batch.labels_N, workspace_mb=self.workspace_mb)
 
 
-class MasterWeights:
-    """Float32 copies of bfloat16 parameters, and the float32 sum of their gradients over micro-batches.
-
-    With float32 parameters the copies are the parameters themselves and nothing is done.
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], dtype: torch.dtype) -> None:
-        self.compute = parameters
-        self.master = parameters
-        if dtype == torch.float32:
-            return
-        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p.data = p.data.to(dtype)
-            p.register_post_accumulate_grad_hook(self._accumulator(self.master[name]))  # type: ignore[no-untyped-call]
-
-    def publish(self) -> None:
-        """Copy the updated master weights to the model."""
-        if self.master is not self.compute:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.compute.values()), list(self.master.values()))
-
-    @staticmethod
-    def _accumulator(master: Tensor) -> Any:
-        def accumulate(p: Tensor) -> None:
-            assert p.grad is not None
-            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-            p.grad = None
-
-        return accumulate
-
-
 class TorchBackend:
-    """Trains one transformers model on one device.
+    """Trains one transformers model on the devices of all ranks.
 
     Args:
         config: The recipe.
-        device: Where the model goes.
+        ranks: Who takes part, and this rank's device.
 
     Raises:
         UserError: If the model cannot be loaded or cannot serve.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.device = ranks.device
         self.config = config
-        self.dtype = hf_model.compute_dtype(config.model, device)
-        self.attention = attention.register(config.model.attention, device, self.dtype)
-        self.lm = hf_model.load(config.model, seed=config.run.seed, attention=attention.NAME).to(device)
+        self.ranks = ranks
+        self.dtype = hf_model.compute_dtype(config.model, self.device)
+        self.attention = attention.register(config.model.attention, self.device, self.dtype)
+        sharded = ranks.size > 1 and config.backend.torch.shard_size != 1
+        if config.backend.torch.cpu_offload and (self.device.type == "cpu" or not sharded):
+            raise UserError(
+                "backend.torch.cpu_offload: needs CUDA and weights sharded over several ranks; set it to false."
+            )
+        self.lm = hf_model.skeleton(config.model, attention=attention.NAME)
         self._check_model()
-        if config.model.recompute == "full":
-            enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        if config.model.compile:  # attention, whose documents differ from step to step, stays outside
-            for layer in self.lm.get_decoder().layers:
-                layer.compile(dynamic=True)
-        self.weights = MasterWeights(hf_model.named_parameters(self.lm), self.dtype)
-        self.root = Trainable(self.lm, WORKSPACE_MB[device.type])
+        self.weights = self._sharded() if sharded else self._replicated()
         self.optimizer = _adamw(self.weights.master, config.optimizer)
-        self.skipped = torch.zeros((), device=device)
-        torch.manual_seed(config.run.seed)
+        self.skipped = torch.zeros((), device=self.device)
+        self.write_group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+        torch.manual_seed(config.run.seed + ranks.rank)
 
     def train_step(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
@@ -135,24 +112,25 @@ class TorchBackend:
         """Do forward, backward, clipping and update for one global batch.
 
         Args:
-            micro_batches: On the host.
+            micro_batches: This rank's, on the host; every rank has equally many.
             objective: Gives the loss sum of each.
             global_units: Count that normalises the whole batch.
             lr: Learning rate of this step.
 
         Returns:
-            Scalars on the device; nothing here waits for it.
+            Scalars of the whole batch, on the device; nothing here waits for it.
         """
         self.root.train()
         loss, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
         for batch in micro_batches:
-            partial, found = self.root(batch.to(self.device), objective)
+            partial, found = self.root(self.root.loss, batch.to(self.device), objective)
             (partial / global_units).backward()
             loss += partial.detach()
             _accumulate(sums, found)
-        loss /= global_units
+        loss, sums = self._over_ranks(loss, sums, global_units)
+        self.weights.reduce()
+        norm = self.weights.norm()
         parameters = list(self.weights.master.values())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, norm)
         failed = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.skipped = torch.where(failed, self.skipped + 1, 0.0)
@@ -160,24 +138,23 @@ class TorchBackend:
             group["lr"] = lr
         self.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]  # the fused kernel then changes nothing
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.weights.publish()
-        return StepMetrics(
-            loss=loss, sums={k: v / global_units for k, v in sums.items()}, grad_norm=norm, skipped=self.skipped
-        )
+        return StepMetrics(loss=loss, sums=sums, grad_norm=norm, skipped=self.skipped)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
-        """Compute the loss over micro-batches, normalised by their units, without gradients."""
+        """Compute the loss over all ranks' micro-batches, normalised by their units, without gradients."""
         self.root.eval()
         units = 0.0
         loss, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
         for batch in micro_batches:
-            partial, found = self.root(batch.to(self.device), objective)
+            partial, found = self.root(self.root.loss, batch.to(self.device), objective)
             loss += partial
             units += objective.units(batch.targets)
             _accumulate(sums, found)
-        return StepMetrics(loss=loss / units, sums={k: v / units for k, v in sums.items()})
+        self.weights.rest()
+        loss, sums = self._over_ranks(loss, sums, self.ranks.sum([units])[0])
+        return StepMetrics(loss=loss, sums=sums)
 
     @torch.no_grad()
     def probe(self, samples: Sequence[Sample]) -> None:
@@ -197,17 +174,14 @@ class TorchBackend:
             ]
         )
         self.root.eval()
-        ours_N = self.root.logprobs(packed.to(self.device))
+        ours_N = self.root(self.root.logprobs, packed.to(self.device))
         self.lm.set_attn_implementation("eager")
         try:
-            own = []
-            for document in documents:
-                ids = torch.from_numpy(document.astype("int64")).to(self.device)
-                logprobs_TV = self.lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                own.append(logprobs_TV.gather(1, ids[1:, None]).squeeze(1))
+            own_N = self.root(self._own_logprobs, documents)
         finally:
             self.lm.set_attn_implementation(attention.NAME)
-        gap = float((ours_N - torch.cat(own)).abs().max())
+            self.weights.rest()
+        gap = float((ours_N - own_N).abs().max())
         if not gap <= PROBE_TOLERANCE[self.dtype]:
             raise UserError(
                 f"model.path={self.config.model.path}: packed, fused log-probabilities differ from the model's own logits by up to "
@@ -215,62 +189,184 @@ class TorchBackend:
                 "this model cannot be trained yet."
             )
 
-    def save(self, folder: Path) -> None:
-        """Write model (float32), optimizer and random state as safetensors, and what ``engine.export`` needs beside them."""
-        moments: dict[str, Tensor] = {}
-        for name, p in self.weights.master.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                moments[f"{key}/{name}"] = value.contiguous()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        save_file({k: v.detach().contiguous() for k, v in self.weights.master.items()}, folder / "model.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
-        save_file({**rng, "skipped": self.skipped}, folder / "rng.safetensors")
-        hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
+    def snapshot(self, *, copy: bool) -> Callable[[Path], None]:
+        """Return what writes model (float32), optimizer and random state as sharded safetensors, once.
+
+        Args:
+            copy: Copy the state first, so that the writing may go on in another thread while training changes it.
+        """
+        state = self._state()
+        if copy:
+            state = {name: x.to("cpu", copy=True) for name, x in state.items()}
+        if self.ranks.main:
+            self.tokenizer  # noqa: B018  # loaded here, not by the thread that writes
+
+        def write(folder: Path) -> None:
+            shards.save(state, folder, self.write_group)
+            if self.ranks.main:
+                hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
+
+        return write
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote.
+        """Read what a snapshot wrote, on any number of ranks; dropout goes on from where it was if the number is the same.
 
         Raises:
-            RunError: If a file is missing or not whole, or belongs to another model.
+            RunError: If it cannot be read.
+            UserError: If it is of another model.
         """
-        weights = hf_model.load_weights(folder / "model.safetensors", str(self.device))
-        moments = hf_model.load_weights(folder / "optimizer.safetensors", str(self.device))
-        rng = hf_model.load_weights(folder / "rng.safetensors")
-        own = {name: p.shape for name, p in self.weights.master.items()}
-        if own != {name: w.shape for name, w in weights.items()}:
+        for p in self.weights.master.values():
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
+            }  # fmt: skip
+        state = self._state()
+        sizes = shards.sizes(folder)
+        wanted = {name: x for name, x in state.items() if not name.startswith("rng/")}
+        if {name: x.shape for name, x in wanted.items()} != {
+            n: s for n, s in sizes.items() if not n.startswith("rng/")
+        }:
             raise UserError(
                 f"{folder}: the checkpoint is of another model than {self.config.model.path}; choose the run's own recipe."
             )
-        with torch.no_grad():
-            for name, p in self.weights.master.items():
-                p.copy_(weights[name])
-                self.optimizer.state[p] = {
-                    key.split("/")[0]: v for key, v in moments.items() if key.split("/", 1)[1] == name
-                }
+        same_ranks = sum(name.startswith("rng/cpu/") for name in sizes) == self.ranks.size
+        shards.load(state if same_ranks else wanted, folder, self.write_group)
+        for p in self.weights.master.values():
+            self.optimizer.state[p]["step"].copy_(state["optimizer/step"][0])
         self.weights.publish()
-        self.skipped = rng["skipped"].to(self.device)
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.skipped = state["skipped"][0]
+        if same_ranks:
+            torch.set_rng_state(state[f"rng/cpu/{self.ranks.rank}"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state[f"rng/cuda/{self.ranks.rank}"], self.device)
+        else:
+            torch.manual_seed(hash((self.config.run.seed, int(state["optimizer/step"][0]), self.ranks.rank)))
+
+    def utilization(
+        self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float
+    ) -> float | None:
+        """Return the model FLOPs utilisation of a step over all devices (``flops.train_flops``); None without a known peak."""
+        if self._peak is None:
+            return None
+        needed = self._flops(
+            num_tokens=int(tokens), num_trained_tokens=int(trained_tokens), squared_lengths=int(squared_lengths)
+        )
+        return needed / (seconds * self.ranks.size * self._peak)
 
     def checkpoint_bytes(self) -> int:
         """Return the size of one checkpoint: float32 weights and two moments."""
-        return 12 * sum(p.numel() for p in self.weights.master.values())
+        return 12 * sum(p.numel() for p in self.root.parameters())
 
-    def export(self, folder: Path) -> None:
-        """Write the master weights, in the compute type, as a Hugging Face folder."""
-        hf_model.write(self.lm, self.weights.master, self.tokenizer, folder, self.dtype)
+    def export(self, folder: Path | None) -> None:
+        """Write the master weights, in the compute type, as a Hugging Face folder.
+
+        Args:
+            folder: None on the ranks that only take part in gathering.
+        """
+        weights = {name: p.detach().to("cpu", self.dtype) for name, p in self.weights.whole() if folder is not None}
+        if folder is not None:
+            hf_model.write(self.lm, weights, self.tokenizer, folder, self.dtype)
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         """Answer conversations by greedy decoding."""
-        return hf_model.answer(self.lm, self.tokenizer, conversations, max_new_tokens=max_new_tokens)
+        with torch.no_grad():
+            answers: list[str] = self.root(self._answer, conversations, max_new_tokens)
+        self.weights.rest()
+        return answers
+
+    @cached_property
+    def _peak(self) -> float | None:
+        """Peak of this rank's device, FLOP/s."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return flops.peak_flops(name, str(self.dtype))
+
+    @cached_property
+    def _flops(self) -> Callable[..., float]:
+        config = self.lm.config
+        layers = self.lm.get_decoder().layers
+        return partial(
+            flops.train_flops,
+            layer_params=sum(p.numel() for p in layers.parameters()),
+            num_layers=len(layers),
+            num_heads=config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer with the template that is trained."""
         return hf_model.trained_tokenizer(self.config.model)
+
+    def _replicated(self) -> Replicated:
+        """Put the whole model on the device."""
+        if self.config.model.init == "random":
+            hf_model.initialise(self.lm, self.config.run.seed, hf_model.into_module)
+            self.lm.tie_weights()
+        else:
+            self.lm = hf_model.load(self.config.model, self.lm.config)
+        self.root = self._trainable(self.lm.to(self.device))
+        return Replicated(self.root, self.dtype, self.ranks)
+
+    def _sharded(self) -> Sharded:
+        """Shard the model before it has weights; then each rank reads or draws its own rows."""
+        self.root = self._trainable(self.lm)
+        layers = list(self.lm.get_decoder().layers)
+        weights = Sharded(self.root, layers, self.dtype, self.config.backend.torch, self.ranks)
+        if self.config.model.init == "random":
+            hf_model.initialise(self.lm, self.config.run.seed, lambda module, name, p: weights.fill(name, p))
+        else:
+            shapes = {name: p.shape for name, p in weights.parameters.items()}
+            for name, source in hf_model.sources(self.config.model, self.lm.config, shapes):
+                weights.fill(name, source)
+        return weights
+
+    def _trainable(self, lm: Any) -> Trainable:
+        if self.config.model.recompute == "full":
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if self.config.model.compile:  # attention, whose documents differ from step to step, stays outside
+            for layer in lm.get_decoder().layers:
+                layer.compile(dynamic=True)
+        return Trainable(lm, WORKSPACE_MB[self.device.type])
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint holds, by name, each with its place in the whole."""
+        state: dict[str, Tensor] = {}
+        steps = torch.zeros(1)
+        for name, p in self.weights.master.items():
+            state[f"model/{name}"] = self.weights.saved(name, p)
+            moments = self.optimizer.state.get(p, {})
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in moments:
+                    state[f"{key}/{name}"] = self.weights.saved(name, moments[key])
+            steps = moments.get("step", steps).reshape(1)
+        state |= {"optimizer/step": steps, "skipped": self.skipped.reshape(1)}
+        state[f"rng/cpu/{self.ranks.rank}"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state[f"rng/cuda/{self.ranks.rank}"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _over_ranks(self, loss: Tensor, sums: dict[str, Tensor], units: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add up loss and sums over ranks, and divide them by the units."""
+        names = sorted(sums)
+        values = torch.stack([loss, *(sums[name] for name in names)])
+        if self.ranks.size > 1:
+            dist.all_reduce(values)
+        values /= units
+        return values[0], dict(zip(names, values[1:].unbind(), strict=True))
+
+    def _own_logprobs(self, documents: Sequence[NDArray[np.int32]]) -> Tensor:
+        """Return the log-probabilities of all but first tokens by the model's own logits, one document at a time, [N]."""
+        own = []
+        for document in documents:
+            ids = torch.from_numpy(document.astype("int64")).to(self.device)
+            logprobs_TV = self.lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            own.append(logprobs_TV.gather(1, ids[1:, None]).squeeze(1))
+        return torch.cat(own)
+
+    def _answer(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
+        return hf_model.answer(self.lm, self.tokenizer, conversations, max_new_tokens=max_new_tokens)
 
     def _check_model(self) -> None:
         head = self.lm.get_output_embeddings()

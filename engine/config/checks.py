@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,8 +12,11 @@ from typing import Any
 from engine.config.names import stop
 from engine.config.schema import (
     AlgorithmSection,
+    BackendSection,
     CheckpointSection,
+    ClusterSection,
     DataSection,
+    LoggerSection,
     ModelSection,
     OptimizerSection,
     RunSection,
@@ -65,6 +69,52 @@ def check(sections: Mapping[str, Any]) -> list[str]:
         if all(name in sections for name in needed):
             problems += function(*(sections[name] for name in needed))
     return [stop(p) for p in problems]
+
+
+def layout(train: TrainSection, data: DataSection, backend: BackendSection, ranks: int) -> list[str]:
+    """Return a sentence for every reason why a recipe cannot be split over so many ranks."""
+    problems = []
+    padded = 1 if data.packing.enabled else train.micro_batch_size
+    if train.global_batch_size % (padded * ranks) if padded > 1 else train.global_batch_size < ranks:
+        step = padded * ranks
+        near = sorted({max(step, train.global_batch_size // step * step), (train.global_batch_size // step + 1) * step})
+        problems.append(
+            f"train.global_batch_size={train.global_batch_size} cannot serve {ranks} ranks"
+            + (f" with train.micro_batch_size={padded}" if padded > 1 else "")
+            + f": set it to {' or '.join(map(str, near))}, or use fewer ranks."
+        )
+    size = backend.torch.shard_size
+    if size is not None and ranks % size:
+        problems.append(f"backend.torch.shard_size={size} does not divide the {ranks} ranks; choose a divisor.")
+    return problems
+
+
+def _check_layout(
+    cluster: ClusterSection, train: TrainSection, data: DataSection, backend: BackendSection
+) -> list[str]:
+    """Look at the layout where the recipe alone says how many ranks there will be."""
+    if cluster.name not in ("ray_local", "ray"):
+        return []
+    ranks = cluster.num_workers or (cluster.gpus_per_node or 0) * cluster.num_nodes
+    return layout(train, data, backend, ranks) if ranks else []
+
+
+def _check_cluster(cluster: ClusterSection) -> list[str]:
+    problems = []
+    if cluster.name == "ray" and cluster.address is None:
+        problems.append("cluster.address is not set: give the Ray cluster's HOST:PORT, or auto.")
+    if cluster.name != "ray" and cluster.address is not None:
+        problems.append(f"cluster.address={cluster.address} is for cluster=ray, not {cluster.name}: set it to null.")
+    if cluster.num_workers is not None and cluster.gpus_per_node is not None:
+        problems.append("cluster.num_workers (CPUs) and cluster.gpus_per_node are both set: set one of them to null.")
+    if cluster.name in ("local", "env"):
+        for key in ("num_workers", "gpus_per_node"):
+            if getattr(cluster, key) is not None:
+                problems.append(
+                    f"cluster.{key}={getattr(cluster, key)} is for Ray, and cluster={cluster.name} starts no ranks: set it to "
+                    "null, or choose cluster=ray_local."
+                )
+    return problems
 
 
 def _check_sizes(algorithm: AlgorithmSection, train: TrainSection, data: DataSection) -> list[str]:
@@ -152,7 +202,28 @@ def _check_run(run: RunSection) -> list[str]:
         module, _, name = spec.partition(":")
         if not (module and name.isidentifier()):
             problems.append(f"run.callbacks: {spec!r} is not of the form module:Class.")
+    if run.profile_steps is not None and run.profile_steps[0] > run.profile_steps[1]:
+        first, last = run.profile_steps
+        problems.append(f"run.profile_steps=[{first},{last}]: the first step comes after the last; swap them.")
     return problems
+
+
+def _check_logger(logger: LoggerSection) -> list[str]:
+    problems = []
+    for name in dict.fromkeys(logger.backends):
+        times = logger.backends.count(name)
+        if times > 1:
+            problems.append(f"logger.backends names {name} {times} times: name it once.")
+        if name != "console" and not _installed(name):
+            package = "wandb" if name == "wandb" else f"'anneal[{name}]'"
+            problems.append(f"logger.backends: {name} is not installed; pip install {package}, or take it out.")
+    return problems
+
+
+def _installed(package: str) -> bool:
+    """Tell an installed package from none, and from a folder of that name here (wandb/ is what its own runs leave)."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _check_model(model: ModelSection) -> list[str]:
@@ -215,18 +286,25 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _check_horizon(algorithm: AlgorithmSection) -> list[str]:
+def _check_horizon(algorithm: AlgorithmSection, data: DataSection) -> list[str]:
+    if algorithm.max_num_steps == 0 and data.val_path is None:
+        return [
+            "algorithm.max_num_steps=0 only validates, and there is no validation data: set data.val_path, or do some steps."
+        ]
     if algorithm.max_num_steps is None and algorithm.max_num_epochs is None:
         return ["algorithm.max_num_steps and algorithm.max_num_epochs are both null: set one of them."]
     return []
 
 
 CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
-    _check_horizon: ("algorithm",),
+    _check_horizon: ("algorithm", "data"),
     _check_sizes: ("algorithm", "train", "data"),
     _check_schedule: ("scheduler", "optimizer"),
     _check_data: ("data", "checkpoint"),
     _check_run: ("run",),
+    _check_logger: ("logger",),
+    _check_cluster: ("cluster",),
+    _check_layout: ("cluster", "train", "data", "backend"),
     _check_model: ("model",),
     _check_length: ("model", "data"),
 }

@@ -49,6 +49,10 @@ class RunSection(Section):
     """Check on this very model, before step 1, that packing and the fused loss equal the model's own logits."""
     callbacks: list[str]
     """Callbacks as module:Class, called in this order (see docs/callbacks.md)."""
+    record_memory: bool
+    """Record the device's allocations and write torch's memory snapshot of every rank to run.dir/memory."""
+    profile_steps: tuple[Count, Count] | None
+    """First and last step that torch.profiler traces to run.dir/profile; null: none."""
 
 
 class ModelSection(Section):
@@ -190,18 +194,40 @@ class SchedulerSection(Section):
     """Learning rate at the end of the decay."""
 
 
+class TorchSection(Section):
+    """How the torch backend spreads a model over several ranks (FSDP2)."""
+
+    shard_size: Count | None
+    """Ranks that share one copy of the model; null: all of them; 1: a whole copy each. Divides the number of ranks."""
+    reshard_after_forward: bool
+    """Give up a layer's gathered weights after its forward pass and gather them again: less memory, more traffic."""
+    cpu_offload: bool
+    """Keep weights, gradients and optimizer in the host's memory between their uses."""
+
+
 class BackendSection(Section):
     """What computes the step."""
 
     name: Literal["torch"]
-    """torch: a transformers model in this process."""
+    """torch: a transformers model, sharded over the ranks."""
+    torch: TorchSection
 
 
 class ClusterSection(Section):
-    """Where the run's processes are."""
+    """Where the run's ranks are (docs/distributed.md)."""
 
-    name: Literal["local"]
-    """local: this process, one device."""
+    name: Literal["local", "ray_local", "ray", "env"]
+    """local: this process; ray_local: all devices of this machine; ray: a running Ray cluster; env: started by torchrun or srun."""
+    address: str | None
+    """Address of the running Ray cluster (cluster=ray): auto or HOST:PORT."""
+    num_nodes: Count
+    """Machines."""
+    gpus_per_node: Count | None
+    """Ranks a machine, one a GPU; null: every GPU of this machine."""
+    num_workers: Count | None
+    """Ranks of a run on CPUs, in all."""
+    max_failures: NonNegative
+    """How often lost ranks are replaced and the run goes on from its last checkpoint."""
 
 
 class CheckpointSection(Section):
@@ -217,13 +243,39 @@ class CheckpointSection(Section):
     """Metric that ranks checkpoints."""
     mode: Literal["min", "max"]
     """Whether a lower or a higher metric is better."""
+    async_save: bool
+    """Copy the state to the host and write it while training goes on."""
+    hf_period: NonNegative
+    """Steps between Hugging Face folders, run.dir/hf_steps/step_…; 0: only run.dir/hf at the end."""
+
+
+class WandbSection(Section):
+    """Weights & Biases; the API key comes from its own login or WANDB_API_KEY."""
+
+    project: str = Field(min_length=1)
+    """Project."""
+    entity: str | None
+    """User or team; null: the login's default."""
+    tags: list[str]
+    """Tags of the run."""
+
+
+class MlflowSection(Section):
+    """MLflow."""
+
+    tracking_uri: str | None
+    """Server or folder; null: $MLFLOW_TRACKING_URI or run.dir/mlruns."""
+    experiment: str = Field(min_length=1)
+    """Experiment."""
 
 
 class LoggerSection(Section):
     """Where metrics go; metrics.jsonl is always written."""
 
-    backends: list[Literal["console"]]
+    backends: list[Literal["console", "wandb", "tensorboard", "mlflow"]]
     """Loggers beside metrics.jsonl."""
+    wandb: WandbSection
+    mlflow: MlflowSection
 
 
 class RunConfig(Section):

@@ -19,6 +19,8 @@ def trained_positions(sample: Sample) -> NDArray[np.int64]:
 
 def collate_packed(samples: Sequence[Sample]) -> MicroBatch:
     """Concatenate samples into one row without padding."""
+    if not samples:
+        return empty_micro_batch(padded=False)
     lengths = [len(s.input_ids) for s in samples]
     edges = np.cumsum([0, *lengths])
     return _micro_batch(
@@ -32,6 +34,8 @@ def collate_packed(samples: Sequence[Sample]) -> MicroBatch:
 
 def collate_padded(samples: Sequence[Sample]) -> MicroBatch:
     """Put each sample into a row of its own, padded on the right to the longest."""
+    if not samples:
+        return empty_micro_batch(padded=True)
     longest = max(len(s.input_ids) for s in samples)
     input_ids = np.zeros((len(samples), longest), np.int64)
     mask = np.zeros((len(samples), longest), np.int64)
@@ -44,6 +48,23 @@ def collate_padded(samples: Sequence[Sample]) -> MicroBatch:
         input_ids=input_ids,
         position_ids=np.broadcast_to(np.arange(longest), input_ids.shape),
         attention_mask=mask,
+    )
+
+
+def empty_micro_batch(*, padded: bool) -> MicroBatch:
+    """Return the micro-batch of a rank that has no samples while others have: one token and no targets.
+
+    It adds nothing to loss, gradients or counts, but its forward and backward passes take part in what the ranks do together.
+    """
+    return MicroBatch(
+        input_ids=torch.zeros((1, 1), dtype=torch.int64),
+        position_ids=torch.zeros((1, 1), dtype=torch.int64),
+        cu_seqlens=None if padded else [0, 1],
+        attention_mask=torch.ones((1, 1), dtype=torch.int64) if padded else None,
+        index_N=torch.zeros(0, dtype=torch.int64),
+        labels_N=torch.zeros(0, dtype=torch.int64),
+        targets=Targets(bounds=[0]),
+        num_tokens=0,
     )
 
 

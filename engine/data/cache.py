@@ -42,6 +42,8 @@ from engine.types import Sample
 FORMAT = 2
 """Raised whenever the meaning of a cached file changes."""
 ROWS_PER_BATCH = 512
+DUMMY = "builtin:dummy"
+"""Path of samples that are made up as they are asked for (data=dummy)."""
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -113,7 +115,7 @@ class Samples:
         return Sample(ids, trained.reshape(-1, 2))
 
 
-def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> Samples:
+def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print, *, made: bool = False) -> Samples:
     """Return the tokenised samples of ``train`` or ``val``, from the cache or made now.
 
     Args:
@@ -121,6 +123,7 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
         split: "train" or "val".
         scratch: Folder that holds them with ``data.cache=off``.
         say: Told what is made and what became of the rows.
+        made: Take what another rank has just made, even where the recipe has it made anew.
 
     Raises:
         UserError: For a row that cannot be used, naming file and line, or if no sample is left.
@@ -128,6 +131,13 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
     data = config.data
     path = data.train_path if split == "train" else data.val_path
     assert path is not None
+    name = "data" if split == "train" else "validation data"
+    if path == DUMMY:
+        from engine.data import dummy  # built on this module
+
+        made_up = dummy.prepare(config, split)
+        say(made_up.summary.sentence(name))
+        return made_up
     hub_split = data.train_split if split == "train" else data.val_split
     template = template_text(config.model)
     revision = rows.hub_revision(path)
@@ -144,7 +154,7 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
             except BlockingIOError:
                 say("waiting for another run that tokenises the same data")
                 fcntl.lockf(lock, fcntl.LOCK_EX)
-            if data.cache != "use" or not target.is_dir():
+            if not target.is_dir() or (data.cache != "use" and not made):
                 for leftover in target.parent.glob(f"{key}.tmp-*"):
                     shutil.rmtree(leftover)
                 encoder = Encoder(hub.load_tokenizer(config.model), template, config)
@@ -163,7 +173,7 @@ def prepare(config: RunConfig, split: str, scratch: Path, say: Say = print) -> S
         raise UserError(
             f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."
         ) from error
-    say(samples.summary.sentence("data" if split == "train" else "validation data"))
+    say(samples.summary.sentence(name))
     return samples
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from engine.config.schema import RunConfig
 
 
 class LocalExecutor:
     """Runs the one rank here."""
 
-    def run(self, worker_main: Callable[[RunConfig, str, str], int], config: RunConfig, recipe: str) -> int:
+    def run(self, config: RunConfig, recipe: str) -> int:
         """Run the rank on the GPU if there is one, else on the CPU, and return its exit code."""
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and torch.cuda.device_count() > 1:
-            print(f"cluster=local uses one of the {torch.cuda.device_count()} devices in sight.")
-        return worker_main(config, recipe, device)
+        from engine import worker
+        from engine.ranks import Ranks
+        from engine.train import StopRequest
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.device_count() > 1:
+            print(f"cluster=local uses one of {torch.cuda.device_count()} devices; cluster=ray_local uses them all.")
+        return worker.main(config, recipe, Ranks(device=device), StopRequest())

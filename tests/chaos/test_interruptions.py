@@ -21,6 +21,7 @@ from engine.errors import RunError, UserError
 from tests.conftest import read_metrics
 
 STEPS = 12
+MEASURED = ("perf/", "timing/", "host/", "device/")
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -49,15 +50,28 @@ def undisturbed(long_run: list[str], tmp_path_factory: pytest.TempPathFactory) -
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """Everything in metrics.jsonl that is no measurement of time or memory."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "timing/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
     assert figures(folder) == figures(other)
-    for name in ("hf/model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(other / name)
+    last = f"checkpoints/step_{STEPS:08d}"
+    for ours, theirs in zip(
+        (load_file(folder / "hf" / "model.safetensors"), state_of(folder / last)),
+        (load_file(other / "hf" / "model.safetensors"), state_of(other / last)),
+        strict=True,
+    ):
         assert ours.keys() == theirs.keys()
         assert all((ours[k] == theirs[k]).all() for k in ours)
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What the one rank has written: weights, moments, steps and random state."""
+    (file,) = checkpoint.glob("shard-*.safetensors")
+    state = load_file(file)
+    kinds = {name.split("/")[0] for name in state}
+    assert kinds == {"model", "exp_avg", "exp_avg_sq", "optimizer", "skipped", "rng"}
+    return state
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -93,16 +107,16 @@ def test_killed_during_a_checkpoint_leaves_the_one_before(
     killer.write_text(
         "import os, signal\n"
         "from engine.types import Callback\n"
-        "import engine.backends.torch_backend as backend\n"
+        "from engine.backends import hf_model\n"
         "class Killer(Callback):\n"
         "    def on_step_end(self, control):\n"
         "        if control.step == 5:\n"
-        "            save = backend.save_file\n"
-        "            def die(tensors, path):\n"
-        "                save(tensors, path)\n"
-        "                if path.name == 'optimizer.safetensors':\n"
+        "            write = hf_model.write_description\n"
+        "            def die(lm, tokenizer, folder, dtype):\n"
+        "                if folder.name.endswith('step_00000005') and list(folder.glob('shard-*.safetensors')):\n"
         "                    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "            backend.save_file = die\n"
+        "                write(lm, tokenizer, folder, dtype)\n"
+        "            hf_model.write_description = die\n"
     )
     run_dir = tmp_path / "run"
     process = engine_process([*long_run, f"run.dir={run_dir}", "run.callbacks=[killer:Killer]"], cwd=tmp_path)
@@ -110,6 +124,7 @@ def test_killed_during_a_checkpoint_leaves_the_one_before(
     assert process.returncode == -signal.SIGKILL
     partial = list((run_dir / "checkpoints").glob(".partial-*"))
     assert [p.name for p in partial] == [".partial-step_00000005"]
+    assert [p.name.split("-")[0] for p in partial[0].iterdir()] == ["shard"]
     assert max(p.name for p in (run_dir / "checkpoints").glob("step_*")) == "step_00000004"
     recipe = run_dir / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("  - killer:Killer\n", "").replace("callbacks:\n", "callbacks: []\n"))
@@ -328,13 +343,33 @@ def test_second_live_run_is_refused(long_run: list[str], tmp_path: Path, engine_
         process.communicate()
 
 
-def test_damaged_checkpoint_is_named(base: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "answer"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "is damaged"),
+        (lambda file: flip(file, -1), "is damaged"),
+        (lambda file: flip(file, 100), "is damaged"),
+        (lambda file: file.unlink(), "is missing from the checkpoint"),
+        (lambda file: (file.parent / "manifest.json").unlink(), "has no readable manifest.json"),
+    ],
+    ids=["cut short", "last byte", "header", "weights gone", "manifest gone"],
+)
+def test_damaged_checkpoint_is_named(
+    base: list[str], tmp_path: Path, damage: Callable[[Path], Any], answer: str
+) -> None:
     overrides = [*base, f"run.dir={tmp_path}"]
     assert engine.run(overrides) == 0
-    weights = tmp_path / "checkpoints" / "step_00000004" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(RunError, match=r"step_00000004: the checkpoint cannot be read"):
+    (weights,) = (tmp_path / "checkpoints" / "step_00000004").glob("shard-*.safetensors")
+    damage(weights)
+    with pytest.raises(RunError, match=rf"step_00000004: the checkpoint.*{answer}|step_00000004: shard-\S* {answer}"):
         engine.run([*overrides, "algorithm.max_num_steps=5"])
+
+
+def flip(file: Path, place: int) -> None:
+    """Change one bit, and nothing of a file's size."""
+    words = bytearray(file.read_bytes())
+    words[place] ^= 1
+    file.write_bytes(words)
 
 
 @pytest.fixture

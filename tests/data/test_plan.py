@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chat_fixtures import byte_bpe
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.data import readers
-from engine.data.batch import collate_packed, collate_padded, trained_positions
-from engine.data.plan import Plan, pack, pad, permute
+from engine.data.batch import collate_packed, collate_padded, empty_micro_batch, trained_positions
+from engine.data.plan import (
+    Assignment,
+    Plan,
+    assign,
+    assign_padded,
+    bin_costs,
+    cost,
+    imbalance,
+    pack,
+    pad,
+    permute,
+)
 from engine.data.template import Template
 from engine.types import Sample
 
@@ -224,7 +239,9 @@ def test_packing_fills_micro_batches() -> None:
     assert np.mean(fills) / 4096 >= 0.97
 
 
-def test_packing_fills_micro_batches_of_real_conversations() -> None:
+@pytest.fixture(scope="module")
+def real_lengths() -> NDArray[np.int64]:
+    """Tokens of real Alpaca conversations."""
     file = SHARED_DATA / "alpaca_en_demo.json"
     if not file.is_file():
         pytest.skip("no Alpaca rows beside this checkout")
@@ -234,8 +251,12 @@ def test_packing_fills_micro_batches_of_real_conversations() -> None:
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     lengths = np.minimum([len(encoding.ids) for encoding in encodings], 4096)
     assert len(lengths) >= 900
-    plan = Plan(num_samples=len(lengths), batch_size=512, seed=0)
-    fills = [fill for step in range(6) for fill in check_packing(lengths[plan.members(step)], 4096)]
+    return lengths
+
+
+def test_packing_fills_micro_batches_of_real_conversations(real_lengths: NDArray[np.int64]) -> None:
+    plan = Plan(num_samples=len(real_lengths), batch_size=512, seed=0)
+    fills = [fill for step in range(6) for fill in check_packing(real_lengths[plan.members(step)], 4096)]
     assert np.mean(fills) / 4096 >= 0.97
 
 
@@ -243,6 +264,170 @@ def test_padding_groups_like_lengths() -> None:
     assert pad([3, 9, 1, 9, 5], 2) == [[1, 3], [4, 0], [2]]
     assert pad([3, 9, 1], 8) == [[1, 0, 2]]
     assert pad([], 2) == []
+
+
+# --- assignment ------------------------------------------------------------------------------------------------------
+
+LENGTHS = st.integers(1, 200).flatmap(
+    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=60), st.just(capacity))
+)
+RANKS = st.integers(1, 9)
+ATTENTION_LENGTHS = st.sampled_from([math.inf, 50.0, 2000.0, 49152.0])
+
+
+def check_assignment(assignment: Assignment, num_samples: int, ranks: int) -> int:
+    """Check that each sample is in one bin and ranks have equally many of them; returns the number of micro-steps."""
+    assert len(assignment) == ranks
+    num_steps = {len(steps) for steps in assignment}
+    assert len(num_steps) == 1
+    assert sorted(i for steps in assignment for group in steps for i in group) == list(range(num_samples))
+    for groups in zip(*assignment, strict=True):
+        assert any(groups)  # no micro-step in which nobody works
+    return num_steps.pop()
+
+
+@given(LENGTHS, RANKS, ATTENTION_LENGTHS)
+def test_assignment_holds_every_sample_once_within_capacity(
+    drawn: tuple[list[int], int], ranks: int, attention_length: float
+) -> None:
+    lengths, capacity = drawn
+    assignment = assign(lengths, capacity=capacity, ranks=ranks, attention_length=attention_length)
+    num_steps = check_assignment(assignment, len(lengths), ranks)
+    assert num_steps <= -(-len(pack(lengths, capacity)) // ranks)
+    for steps in assignment:
+        assert all(sum(lengths[i] for i in group) <= capacity for group in steps)
+    costs = bin_costs(lengths, assignment, attention_length)
+    assert costs.sum() == pytest.approx(cost(lengths, attention_length).sum())
+    assert 0 <= imbalance(costs) + 1e-12 and imbalance(costs) < 1
+
+
+@given(LENGTHS, ATTENTION_LENGTHS)
+def test_one_rank_has_the_bins_of_first_fit_decreasing(drawn: tuple[list[int], int], attention_length: float) -> None:
+    lengths, capacity = drawn
+    assert assign(lengths, capacity=capacity, ranks=1, attention_length=attention_length) == [pack(lengths, capacity)]
+    assert assign_padded(lengths, 3, 1, attention_length) == [pad(lengths, 3)]
+
+
+@given(LENGTHS, RANKS, st.integers(1, 5), ATTENTION_LENGTHS)
+def test_padded_assignment_leaves_no_rank_idle_that_could_work(
+    drawn: tuple[list[int], int], ranks: int, micro_batch_size: int, attention_length: float
+) -> None:
+    lengths, _ = drawn
+    assignment = assign_padded(lengths, micro_batch_size, ranks, attention_length)
+    num_steps = check_assignment(assignment, len(lengths), ranks)
+    assert num_steps == -(-len(lengths) // (micro_batch_size * ranks))
+    sizes = [len(group) for steps in assignment for group in steps]
+    assert max(sizes, default=0) <= micro_batch_size
+    if ranks > 1 and len(lengths) >= len(sizes) > 0:
+        assert all(sizes) and max(sizes) - min(sizes) <= 1
+
+
+@given(LENGTHS, RANKS, st.randoms(use_true_random=False))
+def test_assignment_is_the_same_whichever_rank_evaluates_it(
+    drawn: tuple[list[int], int], ranks: int, random: object
+) -> None:
+    """Each rank evaluates the whole and takes its own, in whatever order and from whatever kind of array."""
+    lengths, capacity = drawn
+    kinds = [lengths, tuple(lengths), np.array(lengths, np.int32), np.array(lengths, np.int64)]
+    order = random.sample(range(ranks), ranks)  # type: ignore[attr-defined]
+    taken = {
+        r: assign(random.choice(kinds), capacity=capacity, ranks=ranks, attention_length=500.0)[r]  # type: ignore[attr-defined]
+        for r in order
+    }
+    whole = assign(lengths, capacity=capacity, ranks=ranks, attention_length=500.0)
+    assert [taken[r] for r in range(ranks)] == whole
+    check_assignment([taken[r] for r in range(ranks)], len(lengths), ranks)
+    assert all(type(i) is int for steps in whole for group in steps for i in group)
+
+
+def test_assignment_by_hand() -> None:
+    assert assign([4, 4, 4, 4], capacity=16, ranks=2, attention_length=math.inf) == [[[0, 2]], [[1, 3]]]
+    assert assign([9, 1], capacity=10, ranks=4, attention_length=math.inf) == [[[0]], [[1]], [[]], [[]]]
+    assert assign([], capacity=10, ranks=2, attention_length=math.inf) == [[], []]
+    # where longest first finds no room for the last, the bins of first-fit decreasing stay
+    assert assign([3, 3, 2, 2, 2], capacity=6, ranks=2, attention_length=math.inf) == [[[0, 1]], [[2, 3, 4]]]
+    with pytest.raises(ValueError, match="a sample of 11 tokens fits no micro-batch of 10"):
+        assign([3, 11], capacity=10, ranks=2, attention_length=math.inf)
+
+
+def test_padded_assignment_by_hand() -> None:
+    assert assign_padded([3, 9, 1, 9, 5, 2], 2, 3, math.inf) == [[[1, 3]], [[4, 0]], [[5, 2]]]
+    # neighbours meet in a micro-step, dealt out forwards and backwards in turn
+    assert assign_padded([8, 7, 6, 5, 4, 3, 2, 1], 2, 2, math.inf) == [[[0, 1], [6, 7]], [[2, 3], [4, 5]]]
+    # smaller groups rather than an idle rank
+    assert assign_padded([8, 7, 6, 5], 3, 2, math.inf) == [[[0, 1]], [[2, 3]]]
+    assert assign_padded([8, 7], 2, 3, math.inf) == [[[0]], [[1]], [[]]]
+    assert assign_padded([], 2, 3, math.inf) == [[], [], []]
+
+
+def test_a_giant_has_its_micro_step_filled_up() -> None:
+    """A sample far above the average bin sets its micro-step's time: the other rank then takes as much as fits into it."""
+    lengths = [100, *[10] * 31]
+    assignment = assign(lengths, capacity=100, ranks=2, attention_length=math.inf)
+    assert bin_costs(lengths, assignment, math.inf).tolist() == [[100, 50, 50], [100, 60, 50]]
+
+
+def test_cost_by_hand() -> None:
+    assert cost([0, 10, 100], 100.0).tolist() == [0, 11, 200]
+    assert cost([7], math.inf).tolist() == [7]
+    assert bin_costs([10, 100, 5], [[[0, 1]], [[]]], 100.0).tolist() == [[211.0], [0.0]]
+    assert bin_costs([10, 100, 5], [[[0, 1]], [[2]]], 100.0, padded=True).tolist() == [[400.0], [5.25]]
+
+
+def test_attention_counts_towards_a_bin() -> None:
+    """Where attention costs as much as the rest at 100 tokens, such a document weighs as much as 2.7 of half its length."""
+    lengths = [100, 50, 50, 50]
+    assert assign(lengths, capacity=200, ranks=2, attention_length=math.inf) == [[[0, 3]], [[1, 2]]]
+    assert assign(lengths, capacity=200, ranks=2, attention_length=100.0) == [[[1, 2, 3]], [[0]]]
+
+
+def test_imbalance_by_hand() -> None:
+    assert imbalance([[1.0, 2.0], [1.0, 2.0]]) == 0
+    assert imbalance([[4.0], [0.0]]) == 0.5
+    assert imbalance([[4.0, 1.0], [2.0, 1.0]]) == pytest.approx(1 - 4 / 5)
+    assert imbalance([[], []]) == 0 and imbalance([[0.0], [0.0]]) == 0
+
+
+def lost(lengths: NDArray[np.int64], ranks: int) -> float:
+    attention_length = 12 * 4096
+    assignment = assign(lengths, capacity=4096, ranks=ranks, attention_length=attention_length)
+    check_assignment(assignment, len(lengths), ranks)
+    return imbalance(bin_costs(lengths, assignment, attention_length))
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_ranks_lose_little_to_the_slowest(ranks: int) -> None:
+    rng = np.random.default_rng(0)
+    shares = [lost(alpaca_like(rng), ranks) for _ in range(20)]
+    assert np.mean(shares) < 0.03 and max(shares) < 0.05
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_ranks_lose_little_to_the_slowest_on_real_conversations(real_lengths: NDArray[np.int64], ranks: int) -> None:
+    plan = Plan(num_samples=len(real_lengths), batch_size=512, seed=0, drop_last=False)
+    shares = [lost(real_lengths[plan.members(2 * step)], ranks) for step in range(20)]
+    assert np.mean(shares) < 0.05
+
+
+def test_documents_as_long_as_a_bin_do_not_unbalance_the_others() -> None:
+    """Ranks without one in its micro-step fill theirs up, and the other micro-steps get shorter.
+
+    What is left is that a full bin of short documents costs 8 % less than one of a long document.
+    """
+    short = np.random.default_rng(0).integers(50, 400, 400)
+    for num_long in (1, 5, 16, 20, 40):
+        assert lost(np.concatenate([[4096] * num_long, short]), 16) < 0.06
+
+
+def test_an_assignment_costs_little() -> None:
+    rng = np.random.default_rng(0)
+    batches = [alpaca_like(rng) for _ in range(20)]
+    taken = []
+    for lengths in batches:
+        started = time.perf_counter()
+        assign(lengths, capacity=4096, ranks=64, attention_length=49152.0)
+        taken.append(time.perf_counter() - started)
+    assert min(taken) < 0.005
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -305,3 +490,17 @@ def test_each_label_is_predicted_from_the_token_before_it(collate: object) -> No
     batch = collate([ONE, TWO, THREE])  # type: ignore[operator]
     flat = batch.input_ids.flatten()
     assert flat[batch.index_N + 1].tolist() == batch.labels_N.tolist()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_empty_bin_is_one_token_that_counts_for_nothing(padded: bool) -> None:
+    for batch in (empty_micro_batch(padded=padded), (collate_padded if padded else collate_packed)([])):
+        assert batch.input_ids.tolist() == [[0]] and batch.position_ids.tolist() == [[0]]
+        assert (batch.cu_seqlens is None) == padded and (batch.attention_mask is not None) == padded
+        assert batch.cu_seqlens is None or list(batch.cu_seqlens) == [0, 1]
+        assert batch.attention_mask is None or batch.attention_mask.tolist() == [[1]]
+        assert batch.index_N.tolist() == [] and batch.labels_N.tolist() == []
+        assert list(batch.targets.bounds) == [0] and batch.targets.num_tokens == 0
+        assert batch.num_tokens == 0
+        tensors = [batch.input_ids, batch.position_ids, batch.index_N, batch.labels_N]
+        assert all(str(t.dtype) == "torch.int64" for t in tensors)
