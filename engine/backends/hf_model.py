@@ -62,12 +62,12 @@ def skeleton(section: ModelSection, *, attention: str) -> Any:
         raise UserError(f"model.path={section.path}: the model cannot be built ({_one_line(error)}).") from error
 
 
-def load(section: ModelSection, config: Any) -> Any:
+def load(section: ModelSection, lm: Any) -> Any:
     """Return the model with the weights of its folder, float32, on the CPU.
 
     Args:
         section: The recipe's model.
-        config: The skeleton's configuration.
+        lm: Its skeleton.
 
     Raises:
         UserError: For weights that do not fit the configuration.
@@ -77,9 +77,9 @@ def load(section: ModelSection, config: Any) -> Any:
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             _folder(section),
-            config=config,
+            config=lm.config,
             dtype=torch.float32,
-            attn_implementation=config._attn_implementation,
+            attn_implementation=lm.config._attn_implementation,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -92,22 +92,28 @@ def load(section: ModelSection, config: Any) -> Any:
             f"model.path={section.path}: {len(lost)} weights are missing or of another shape ({', '.join(lost[:3])}…), and would "
             "be random; complete the folder, correct model.config_overrides, or train fresh weights with model.init=random."
         )
+    untied = {n for n, _ in loaded.named_parameters()} - {n for n, _ in lm.named_parameters()}
+    if untied:
+        raise UserError(
+            f"model.path={section.path}: its configuration ties {', '.join(sorted(untied))} to other weights, and its files hold "
+            "others for it; set tie_word_embeddings as its own config.json does."
+        )
     return loaded
 
 
-def sources(section: ModelSection, config: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Any]]:
-    """Return for each parameter what is sliced to read rows of its weights, without reading the others.
+def sources(section: ModelSection, lm: Any) -> Iterator[tuple[str, Any]]:
+    """Return for each parameter and saved buffer what is sliced to read rows of it, without reading the others.
 
     A folder whose files name the weights otherwise than the model does is loaded whole instead, as transformers converts it.
 
     Args:
         section: The recipe's model.
-        config: The skeleton's configuration.
-        shapes: The parameters by name.
+        lm: Its skeleton, sharded or not.
 
     Raises:
         UserError: For weights that do not fit the configuration.
     """
+    shapes = {name: list(x.shape) for name, x in [*lm.named_parameters(), *saved_buffers(lm).items()]}
     files: dict[str, Any] = {}
     try:
         for file in sorted(_folder(section).glob("*.safetensors")):
@@ -115,11 +121,34 @@ def sources(section: ModelSection, config: Any, shapes: dict[str, torch.Size]) -
             files |= {name: opened for name in opened.keys()}  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.path={section.path}: the model cannot be loaded ({_one_line(error)}).") from error
-    if all(n in files and files[n].get_slice(n).get_shape() == list(shape) for n, shape in shapes.items()):
+    tied = lm.state_dict().keys() - shapes.keys()  # a file that holds these too is for ``load`` to judge
+    if (
+        not tied & files.keys()
+        and all(n in files for n in shapes)
+        and all(files[n].get_slice(n).get_shape() == shape for n, shape in shapes.items())
+    ):
         yield from ((name, files[name].get_slice(name)) for name in shapes)
     else:
-        whole = dict(load(section, config).named_parameters())
-        yield from ((name, whole[name].detach()) for name in shapes)
+        whole = load(section, lm).state_dict()
+        yield from ((name, whole[name]) for name in shapes)
+
+
+def saved_buffers(lm: Any) -> dict[str, Tensor]:
+    """Return the buffers that belong to the weights, by name."""
+    buffers = dict(lm.named_buffers())
+    return {name: buffers[name] for name in lm.state_dict() if name in buffers}
+
+
+def layers(lm: Any) -> list[nn.Module]:
+    """Return the decoder layers.
+
+    Raises:
+        UserError: If the model has none in a list.
+    """
+    for module in lm.get_decoder().children():
+        if isinstance(module, nn.ModuleList):
+            return list(module)
+    raise UserError(f"{type(lm).__name__} has no list of decoder layers, which sharding and model.compile need.")
 
 
 def initialise(lm: Any, seed: int, into: Callable[[nn.Module, str, Tensor], None]) -> None:
@@ -193,11 +222,9 @@ def write(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, 
         folder: An empty folder.
         dtype: Of the written floating-point weights.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: b for name, b in model.state_dict().items() if name not in parameters}
     state = {
         name: w.detach().to("cpu", dtype if w.is_floating_point() else w.dtype)
-        for name, w in {**weights, **buffers}.items()
+        for name, w in {**saved_buffers(model), **weights}.items()
     }
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     write_description(model, tokenizer, folder, dtype)

@@ -60,22 +60,27 @@ def sizes(folder: Path) -> dict[str, torch.Size]:
     Raises:
         RunError: If a file is not whole.
     """
-    try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    return {name: entry.size for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: entry.size for name, entry in _contents(folder).items()}
 
 
 def read(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint whose names begin so, whole, without the prefix, float32.
+    """Return the tensors of a checkpoint whose names begin so, whole, without the prefix.
 
     Raises:
         RunError: If a file is missing or not whole.
     """
-    state = {name: torch.empty(size) for name, size in sizes(folder).items() if name.startswith(prefix)}
+    found = {name: entry for name, entry in _contents(folder).items() if name.startswith(prefix)}
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
     load(state, folder, None)
     return {name.removeprefix(prefix): x for name, x in state.items()}
+
+
+def _contents(folder: Path) -> dict[str, TensorStorageMetadata]:
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _cause(error: BaseException) -> BaseException:

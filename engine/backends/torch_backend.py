@@ -24,6 +24,7 @@ from engine.types import MicroBatch, Objective, Sample, StepMetrics
 from kernels import reference
 
 T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 """Float32 logits that exist at once: on CPUs a chunk is best when it stays near the caches."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -215,10 +216,6 @@ class TorchBackend:
             RunError: If it cannot be read.
             UserError: If it is of another model.
         """
-        for p in self.weights.master.values():
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
-            }  # fmt: skip
         state = self._state()
         sizes = shards.sizes(folder)
         wanted = {name: x for name, x in state.items() if not name.startswith("rng/")}
@@ -282,7 +279,7 @@ class TorchBackend:
     @cached_property
     def _flops(self) -> Callable[..., float]:
         config = self.lm.config
-        layers = self.lm.get_decoder().layers
+        layers = nn.ModuleList(hf_model.layers(self.lm))
         return partial(
             flops.train_flops,
             layer_params=sum(p.numel() for p in layers.parameters()),
@@ -304,21 +301,24 @@ class TorchBackend:
             hf_model.initialise(self.lm, self.config.run.seed, hf_model.into_module)
             self.lm.tie_weights()
         else:
-            self.lm = hf_model.load(self.config.model, self.lm.config)
+            self.lm = hf_model.load(self.config.model, self.lm)
         self.root = self._trainable(self.lm.to(self.device))
         return Replicated(self.root, self.dtype, self.ranks)
 
     def _sharded(self) -> Sharded:
         """Shard the model before it has weights; then each rank reads or draws its own rows."""
         self.root = self._trainable(self.lm)
-        layers = list(self.lm.get_decoder().layers)
+        layers = hf_model.layers(self.lm)
         weights = Sharded(self.root, layers, self.dtype, self.config.backend.torch, self.ranks)
         if self.config.model.init == "random":
             hf_model.initialise(self.lm, self.config.run.seed, lambda module, name, p: weights.fill(name, p))
         else:
-            shapes = {name: p.shape for name, p in weights.parameters.items()}
-            for name, source in hf_model.sources(self.config.model, self.lm.config, shapes):
-                weights.fill(name, source)
+            buffers = hf_model.saved_buffers(self.lm)
+            for name, source in hf_model.sources(self.config.model, self.lm):
+                if name in buffers:
+                    buffers[name].copy_(source[:])
+                else:
+                    weights.fill(name, source)
         return weights
 
     def _trainable(self, lm: Any) -> Trainable:
@@ -326,22 +326,19 @@ class TorchBackend:
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if self.config.model.compile:  # attention, whose documents differ from step to step, stays outside
-            for layer in lm.get_decoder().layers:
+            for layer in hf_model.layers(lm):
                 layer.compile(dynamic=True)
         return Trainable(lm, WORKSPACE_MB[self.device.type])
 
     def _state(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint holds, by name, each with its place in the whole."""
         state: dict[str, Tensor] = {}
-        steps = torch.zeros(1)
         for name, p in self.weights.master.items():
-            state[f"model/{name}"] = self.weights.saved(name, p)
-            moments = self.optimizer.state.get(p, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in moments:
-                    state[f"{key}/{name}"] = self.weights.saved(name, moments[key])
-            steps = moments.get("step", steps).reshape(1)
-        state |= {"optimizer/step": steps, "skipped": self.skipped.reshape(1)}
+            moments = self.optimizer.state[p]
+            for key, local in (("model", p), *((key, moments[key]) for key in MOMENTS)):
+                state[f"{key}/{name}"] = self.weights.saved(name, local)
+        state |= {f"model/{name}": b for name, b in hf_model.saved_buffers(self.lm).items()}
+        state |= {"optimizer/step": moments["step"].reshape(1), "skipped": self.skipped.reshape(1)}
         state[f"rng/cpu/{self.ranks.rank}"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state[f"rng/cuda/{self.ranks.rank}"] = torch.cuda.get_rng_state(self.device)
@@ -388,9 +385,12 @@ def _adamw(parameters: dict[str, Tensor], section: OptimizerSection) -> torch.op
         {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True
     )
+    for p in parameters.values():  # from the start, so that a checkpoint before the first step is one like the others
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS}}
+    return optimizer
 
 
 def _accumulate(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:

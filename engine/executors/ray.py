@@ -16,6 +16,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
@@ -114,9 +115,12 @@ class Driver:
         """Start Ray, run the ranks, end Ray."""
         import ray
 
+        starter = ThreadPoolExecutor(1)  # its thread lives as long as Ray, whose processes the system ends with it
         try:
-            connect(self.config.cluster)
-            self._catch_signals()  # Ray has put a handler of its own there
+            starter.submit(
+                connect, self.config.cluster
+            ).result()  # in the main thread Ray would take SIGTERM for its own
+            self._catch_signals()
             ranks, gpu = devices(self.config)
             self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(**_here()).remote()
             self.end = queue.Queue()
@@ -126,10 +130,9 @@ class Driver:
             if code == EXIT_DONE:
                 fit.join(SHUTDOWN_S)
             return code
-        except SystemExit:  # Ray's own handler of SIGTERM, while it starts
-            return self._stop_early(signal.SIGTERM.name)
         finally:
             ray.shutdown()
+            starter.shutdown(wait=False)
 
     def _catch_signals(self) -> dict[int, Any]:
         return {n: signal.signal(n, self._signalled) for n in StopRequest.SIGNALS}
@@ -196,7 +199,8 @@ class Driver:
             if self.asked is not None and not told:
                 told = True
                 if not self.training:
-                    return self._stop_early(self.asked)
+                    self.console.say(f"stopped by {self.asked} before training began; the same command starts again.")
+                    return EXIT_STOPPED
                 self.mailbox.ask.remote(self.asked)
             if event is None:
                 continue
@@ -218,10 +222,6 @@ class Driver:
                 self.progress |= kind == "log" and "train/loss" in value[1]
                 getattr(self.console, kind)(*value)
         raise AssertionError("the end of Ray Train ends the loop")
-
-    def _stop_early(self, name: str) -> int:
-        self.console.say(f"stopped by {name} before training began; the same command starts again.")
-        return EXIT_STOPPED
 
     def _replace(self, how: str) -> None:
         """Count it that the ranks start again, and say why; a run that makes no step does not go on for ever."""

@@ -257,7 +257,9 @@ def test_killed_rank_is_replaced_and_the_run_ends_as_the_undisturbed_one(
         "        os.kill(os.getpid(), signal.SIGKILL)",
     )
     run_dir = tmp_path / "run"
-    process = start(ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"]))
+    process = start(
+        ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"])
+    )
     assert process.wait() == 0, process.log.read_text()
     assert_same_run(run_dir, undisturbed)
     said = process.log.read_text()
@@ -280,7 +282,9 @@ def test_rank_killed_during_a_checkpoint(long_run: list[str], undisturbed: Path,
         "        shards.save = die",
     )
     run_dir = tmp_path / "run"
-    process = start(ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"]))
+    process = start(
+        ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"])
+    )
     assert process.wait() == 0, process.log.read_text()
     assert "resuming after step 4 of" in process.log.read_text()
     assert not list((run_dir / "checkpoints").glob(".partial-*"))
@@ -309,14 +313,16 @@ def test_killed_raylet_is_replaced_and_the_run_ends_as_the_undisturbed_one(
     write_callback(
         tmp_path,
         "def on_step_begin(self, control):\n"
-        "    first = control.run_dir / 'first'\n"
+        "    first = control.run_dir / f'first{control.rank}'\n"
         "    if control.step < 4:\n"
-        "        first.write_text(str(os.getppid()))\n"
-        "    elif first.exists() and first.read_text() == str(os.getppid()):\n"
+        "        first.write_text(str(os.getpid()))\n"
+        "    elif first.read_text() == str(os.getpid()):\n"
         "        time.sleep(4)  # the first Ray's ranks; it takes some seconds until Ray misses its raylet",
     )
     run_dir = tmp_path / "run"
-    process = start(ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"]))
+    process = start(
+        ray([*long_run, f"run.dir={run_dir}", "run.callbacks=[disturb:Disturb]", "logger.backends=[console]"])
+    )
     process.wait_for(lambda: steps_done(run_dir) >= 4)
     (raylet,) = [p for p in process.look() if p.name() == "raylet"]
     raylet.kill()
