@@ -26,6 +26,7 @@ from engine import metrics
 from engine.config import checks
 from engine.config.schema import ClusterSection, RunConfig
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
+from engine.executors import sweeper
 from engine.run_folder import RunFolder
 from engine.train import StopRequest
 
@@ -35,7 +36,6 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
 }
 PASSED_ON = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_", "NCCL_", "GLOO_", "TORCH", "PYTHONPATH", "OMP_NUM_THREADS")
 """Environment variables of the driver that the machines of a running cluster get too, by the beginning of their names."""
@@ -115,6 +115,7 @@ class Driver:
         """Start Ray, run the ranks, end Ray."""
         import ray
 
+        sweeping = sweeper.start()
         starter = ThreadPoolExecutor(1)  # its thread lives as long as Ray, whose processes the system ends with it
         try:
             starter.submit(
@@ -133,6 +134,7 @@ class Driver:
         finally:
             ray.shutdown()
             starter.shutdown(wait=False)
+            sweeping.communicate()
 
     def _catch_signals(self) -> dict[int, Any]:
         return {n: signal.signal(n, self._signalled) for n in StopRequest.SIGNALS}
