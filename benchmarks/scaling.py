@@ -49,7 +49,7 @@ SMOKE_MODEL = "hidden_size: 64, intermediate_size: 128, num_attention_heads: 1, 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run a recipe: copies of it at once, each with a share of the batch; a base is what those after it are held against."""
+    """One way to run a recipe: copies at once, each with a share of the batch; the sides after a base are held against it."""
 
     launch: str = "local"
     ranks: int = 1

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -61,6 +61,8 @@ class Writing:
     aside: Path
     state: TrainState
     thread: Thread | None = None
+    sums: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Size and checksum of each file that this rank has written."""
     error: Exception | None = None
     took_s: float = 0.0
 
@@ -101,7 +103,9 @@ class Checkpoints:
         def work() -> None:
             started = time.perf_counter()
             try:
-                write(aside)
+                for file in write(aside):
+                    job.sums[file.name] = _checksum(file)
+                    _sync(file)
             except Exception as error:
                 job.error = error
             job.took_s = time.perf_counter() - started
@@ -133,9 +137,7 @@ class Checkpoints:
             job.thread.join()
         try:
             self.ranks.together(lambda: _raise(job.error))
-            files = sorted(f for f in job.aside.rglob("*") if f.is_file())
-            mine = files[self.ranks.rank :: self.ranks.size]
-            sums = self.ranks.gather(self.ranks.together(lambda: {f.name: _checksum(f) for f in mine}))
+            sums = self.ranks.gather(job.sums)
             self.ranks.together(lambda: self._publish(job, sums) if self.ranks.main else None)
         except Exception as error:
             if self.ranks.main:

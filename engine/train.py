@@ -297,15 +297,22 @@ class Trainer:
         self.state.metric = self._since_save.get(self.config.checkpoint.metric)
         started = time.perf_counter()
         self.checkpoints.save(self.state, self.backend)
+        self._stalled(started)
         self._saved_step, self._since_save = self.state.step, {}
         if not self.config.checkpoint.async_save:
             self._publish_checkpoint()
-        self._timings["timing/checkpoint_s"] = time.perf_counter() - started
+
+    def _stalled(self, started: float) -> None:
+        """Add the time since then to what training has waited for checkpoints."""
+        waited = self._timings.get("timing/checkpoint_s", 0.0)
+        self._timings["timing/checkpoint_s"] = waited + time.perf_counter() - started
 
     def _publish_checkpoint(self) -> None:
+        started = time.perf_counter()
         written = self.checkpoints.finish(self.backend)
         if written is None:
             return
+        self._stalled(started)
         checkpoint, self._timings["timing/checkpoint_write_s"] = written
         for callback in self.callbacks:
             callback.on_save(self.control, checkpoint)

@@ -157,8 +157,8 @@ class Backend(Protocol):
         """Check on this model that packing and the fused loss equal its own logits; raises RunError if not."""
         ...
 
-    def snapshot(self, *, copy: bool) -> Callable[[Path], None]:
-        """Return what writes this rank's part of model, optimizer and random state to a folder, once.
+    def snapshot(self, *, copy: bool) -> Callable[[Path], Sequence[Path]]:
+        """Return what writes this rank's part of model, optimizer and random state to a folder, once, and names its files.
 
         Args:
             copy: Copy the state first, so that the writing may go on in another thread while training changes it.

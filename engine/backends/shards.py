@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,8 +27,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def save(state: dict[str, Tensor], folder: Path, group: Any) -> None:
-    """Write this rank's parts of a state.
+def save(state: dict[str, Tensor], folder: Path, group: Any) -> list[Path]:
+    """Write this rank's parts of a state, and return its files.
 
     Args:
         state: Tensors and DTensors by name; a plain tensor is taken to be the same on every rank that names it.
@@ -39,6 +40,8 @@ def save(state: dict[str, Tensor], folder: Path, group: Any) -> None:
         dcp_save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise _cause(error) from error
+    rank = 0 if group is None else dist.get_rank(group)
+    return list(folder.glob(f"shard-{rank + 1:05d}-*"))
 
 
 def load(state: dict[str, Tensor], folder: Path, group: Any) -> None:

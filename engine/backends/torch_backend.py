@@ -190,8 +190,8 @@ class TorchBackend:
                 "this model cannot be trained yet."
             )
 
-    def snapshot(self, *, copy: bool) -> Callable[[Path], None]:
-        """Return what writes model (float32), optimizer and random state as sharded safetensors, once.
+    def snapshot(self, *, copy: bool) -> Callable[[Path], Sequence[Path]]:
+        """Return what writes model (float32), optimizer and random state as sharded safetensors, once, and names its files.
 
         Args:
             copy: Copy the state first, so that the writing may go on in another thread while training changes it.
@@ -202,10 +202,12 @@ class TorchBackend:
         if self.ranks.main:
             self.tokenizer  # noqa: B018  # loaded here, not by the thread that writes
 
-        def write(folder: Path) -> None:
-            shards.save(state, folder, self.write_group)
+        def write(folder: Path) -> Sequence[Path]:
+            files = shards.save(state, folder, self.write_group)
             if self.ranks.main:
                 hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
+                files += [f for f in folder.iterdir() if not f.name.startswith("shard-")]
+            return files
 
         return write
 

@@ -39,7 +39,9 @@ def sweep(driver: int, ray: str) -> None:
                 if any(ray in word for word in child.cmdline()) and child.pid != os.getpid():
                     known |= {child, *child.children(recursive=True)}
     for process in known:
-        with suppress(psutil.NoSuchProcess):  # psutil knows a process by its start too: a number used again is another one
+        with suppress(
+            psutil.NoSuchProcess
+        ):  # psutil knows a process by its start too: a number used again is another one
             process.kill()
 
 
