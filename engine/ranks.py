@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from engine.errors import EXIT_ERROR, RunError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one that tokenises or writes; that one is gone shows at once."""
 
 
 class PeerFailed(RunError):
@@ -37,7 +40,7 @@ class Ranks:
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Return the ranks of the process group that the executor has set up."""
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=group)
 
     @property

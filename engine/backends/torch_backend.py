@@ -19,7 +19,7 @@ from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
 from engine.errors import UserError
-from engine.ranks import Ranks
+from engine.ranks import PATIENCE, Ranks
 from engine.types import MicroBatch, Objective, Sample, StepMetrics
 from kernels import reference
 
@@ -104,7 +104,7 @@ class TorchBackend:
         self.weights = self._sharded() if sharded else self._replicated()
         self.optimizer = _adamw(self.weights.master, config.optimizer)
         self.skipped = torch.zeros((), device=self.device)
-        self.write_group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+        self.write_group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.size > 1 else None
         torch.manual_seed(config.run.seed + ranks.rank)
 
     def train_step(

@@ -107,6 +107,8 @@ def _check_cluster(cluster: ClusterSection) -> list[str]:
         problems.append(f"cluster.address={cluster.address} is for cluster=ray, not {cluster.name}: set it to null.")
     if cluster.num_workers is not None and cluster.gpus_per_node is not None:
         problems.append("cluster.num_workers (CPUs) and cluster.gpus_per_node are both set: set one of them to null.")
+    if cluster.num_nodes > 1 and cluster.name != "ray":
+        problems.append(f"cluster.num_nodes={cluster.num_nodes} is for cluster=ray, not {cluster.name}: set it to 1.")
     if cluster.name in ("local", "env"):
         for key in ("num_workers", "gpus_per_node"):
             if getattr(cluster, key) is not None:

@@ -223,7 +223,7 @@ class ClusterSection(Section):
     num_nodes: Count
     """Machines."""
     gpus_per_node: Count | None
-    """Ranks a machine, one a GPU; null: every GPU of this machine."""
+    """Ranks a machine, one a GPU; null: all GPUs that there are."""
     num_workers: Count | None
     """Ranks of a run on CPUs, in all."""
     max_failures: NonNegative

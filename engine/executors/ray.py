@@ -36,9 +36,12 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
-PASSED_ON = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_", "NCCL_", "GLOO_", "TORCH", "PYTHONPATH", "OMP_NUM_THREADS")
-"""Environment variables of the driver that the machines of a running cluster get too, by the beginning of their names."""
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH", "PYTHONPATH", "OMP_NUM_THREADS")
+"""Environment variables of the driver with which a running cluster starts its ranks, by the beginning of their names."""
+HANDED_OVER = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_")
+"""Those that the ranks get once they run: a cluster shows anyone what it starts processes with, and there are keys among these."""
 END = "end"
 SHUTDOWN_S = 10.0
 """How long Ray Train may take to end once the run is done."""
@@ -118,9 +121,8 @@ class Driver:
         sweeping = sweeper.start()
         starter = ThreadPoolExecutor(1)  # its thread lives as long as Ray, whose processes the system ends with it
         try:
-            starter.submit(
-                connect, self.config.cluster
-            ).result()  # in the main thread Ray would take SIGTERM for its own
+            # Not in the main thread, where Ray would take SIGTERM for its own.
+            starter.submit(connect, self.config.cluster).result()
             self._catch_signals()
             ranks, gpu = devices(self.config)
             self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(**_here()).remote()
@@ -158,6 +160,7 @@ class Driver:
                 "mailbox": self.mailbox,
                 "folder": os.getcwd(),
                 "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
+                "environment": {k: v for k, v in os.environ.items() if k.startswith(HANDED_OVER)},
             },
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -317,6 +320,7 @@ class MailConsole(metrics.Console):
 
 def rank_main(given: dict[str, Any]) -> None:
     """Run one rank, in a thread of a Ray Train worker whose process group is set up."""
+    os.environ.update(given["environment"])
     if os.path.isdir(given["folder"]):
         os.chdir(given["folder"])
     import ray
@@ -366,9 +370,7 @@ def report_losses(mailbox: Any) -> Any:
     class ReportLosses(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in worker_exceptions.items():
-                if (
-                    type(error).__name__ == "WorkerHealthCheckFailedError"
-                ):  # the others are reported by the ranks themselves
+                if type(error).__name__ == "WorkerHealthCheckFailedError":  # other errors the ranks report themselves
                     mailbox.post.remote("gone", (f"rank {rank}'s process is gone (killed, or out of memory?)",))
 
     return ReportLosses()
@@ -385,9 +387,7 @@ def connect(cluster: ClusterSection) -> None:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray._private.worker.print_to_stdstream = lambda *args, **options: (
-        None
-    )  # raylets' obituaries; its own logs keep them
+    ray._private.worker.print_to_stdstream = _discard  # the obituaries of raylets and workers, which Ray's logs keep
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.name == "ray_local":
         ray.init("local", include_dashboard=False, **options)
@@ -433,6 +433,10 @@ def devices(config: RunConfig) -> tuple[int, bool]:
     if problems:
         raise UserError(*problems)
     return ranks, gpu
+
+
+def _discard(*args: Any, **options: Any) -> None:
+    """Print nothing."""
 
 
 def _here() -> dict[str, Any]:
