@@ -42,7 +42,7 @@ LONGEST_S, GRACE_S = 3600, 20.0  # how long a run may take, and how long what it
 PR_SET_CHILD_SUBREAPER = 36
 MODEL = (
     "vocab_size: 32768, hidden_size: 512, intermediate_size: 2048, num_hidden_layers: 8, num_attention_heads: 8, "
-    "num_key_value_heads: 8"
+    "num_key_value_heads: 8, tie_word_embeddings: true"
 )
 SMOKE_MODEL = "hidden_size: 64, intermediate_size: 128, num_attention_heads: 1, num_key_value_heads: 1"
 
@@ -73,7 +73,7 @@ class Group:
 
 CLOCK, SAVE, ASIDE = "run.callbacks=[scaling:Clock]", f"checkpoint.period={PERIOD}", "checkpoint.async_save=true"
 GROUPS = {
-    "scaling": Group("Two ranks against one", 16, 256, 2048, 8, {
+    "scaling": Group("Two ranks against one", 16, 256, 2048, 6, {
         "one rank": Side(base=True),
         "two ranks, sharded (FSDP2)": Side("torchrun", 2, ("backend.torch.shard_size=null",)),
         "two ranks, replicated": Side("torchrun", 2, ("backend.torch.shard_size=1",)),

@@ -137,7 +137,8 @@ class TorchBackend:
         self.skipped = torch.where(failed, self.skipped + 1, 0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]  # the fused kernel then changes nothing
+        found_inf = failed.float().to(parameters[0].device)  # the fused kernel then changes nothing
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         self.weights.publish()
         return StepMetrics(loss=loss, sums=sums, grad_norm=norm, skipped=self.skipped)
