@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -44,7 +45,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_one(overrides: list[str]) -> int:
     """Compose one recipe and run it."""
-    composed = compose.compose(compose.with_quickstart(overrides))
+    try:
+        composed = compose.compose(compose.with_quickstart(overrides))
+    except UserError as error:  # every rank that a launcher has started sees it; the first one says it
+        first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        if first:
+            raise
+        raise UserError() from error
     return executors.choose(composed.config.cluster).run(composed.config, composed.recipe)
 
 
@@ -58,6 +65,8 @@ def sweep(overrides: list[str]) -> int:
     points = BasicSweeper.split_arguments(compose.parse(overrides), max_batch_size=None)[0]
     points = [compose.with_quickstart(list(point)) for point in points]
     recipes = [compose.compose(point) for point in points]
+    if any(recipe.config.cluster.name == "env" for recipe in recipes):
+        raise UserError("-m: cluster=env runs one recipe on the ranks that are there; start a command for each point.")
     root = recipes[0].config.run.dir
     worst = EXIT_DONE
     for number, point in enumerate(points):

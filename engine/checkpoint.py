@@ -154,11 +154,22 @@ class Checkpoints:
 
     def _publish(self, job: Writing, sums: Sequence[dict[str, tuple[int, int]]]) -> None:
         manifest = {name: entry for part in sums for name, entry in part.items()}
+        for name, (size, _) in manifest.items():
+            if not _appears(job.aside / name, size):
+                raise RunError(
+                    f"{self.folder}: {name}, which another rank has written, is not there; the machines do not share this folder: "
+                    "choose a run.dir on a file system that they share."
+                )
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(manifest.items()))
         (job.aside / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
         (job.aside / "state.json").write_text(json.dumps(asdict(job.state), indent=2) + "\n")
         publish(job.aside, job.target)
         self._prune()
+
+    def close(self) -> None:
+        """Wait for this rank's writing to end."""
+        if self._writing is not None and self._writing.thread is not None:
+            self._writing.thread.join()
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint."""
@@ -312,6 +323,15 @@ def _beside(target: Path) -> tuple[Path, Path]:
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+def _appears(file: Path, size: int) -> bool:
+    """Tell whether a file is there, given some seconds: a network file system may show it late."""
+    for _ in range(10):
+        if file.is_file() and file.stat().st_size == size:
+            return True
+        time.sleep(1.0)
+    return False
 
 
 def _checksum(file: Path) -> tuple[int, int]:

@@ -78,9 +78,11 @@ class Ranks:
             result = work()
         except Exception as raised:
             error = raised
-        codes = self.gather(None if error is None else getattr(error, "exit_code", EXIT_ERROR))
-        if error is not None:
-            raise error
+        try:
+            codes = self.gather(None if error is None else getattr(error, "exit_code", EXIT_ERROR))
+        finally:
+            if error is not None:
+                raise error
         failed = [code for code in codes if code is not None]
         if failed:
             raise PeerFailed(max(failed))

@@ -99,6 +99,14 @@ class Counts(NamedTuple):
         )
 
 
+class Requests(NamedTuple):
+    """What callbacks of any rank have asked for after a step."""
+
+    save: bool = False
+    evaluate: bool = False
+    stop: bool = False
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Everything the loop needs, already built."""
@@ -132,6 +140,7 @@ class Trainer:
         self._since_save: dict[str, float] = {}
         self._timings: dict[str, float] = {}  # measured beside a step: logged with the next one
         self._saved_step = self.state.step if self.checkpoints.newest() is not None else None
+        self._asked = Requests()
         self._stopped_by: str | None = None
 
     def run(self, stop: StopRequest) -> int:
@@ -152,18 +161,20 @@ class Trainer:
             self._evaluate()
         self.console.start(state.step, state.total_steps)
         self._agree(stop)
-        while state.step < state.total_steps and not self.control.should_stop and self._stopped_by is None:
+        while state.step < state.total_steps and not self._asked.stop and self._stopped_by is None:
+            self._asked = Requests()
             self._step()
             self._agree(stop)
-            evaluate = self._due(config.algorithm.val_period) or self.control.should_evaluate
+            evaluate = self._due(config.algorithm.val_period) or self._asked.evaluate
             if evaluate:
                 self._evaluate()
                 self._agree(stop)
-            state.finished = state.step == state.total_steps or self.control.should_stop
+            state.finished = state.step == state.total_steps or self._asked.stop
             if state.finished and config.algorithm.val_at_end and not evaluate:
                 self._evaluate()
-            if state.finished or self._due(config.checkpoint.period) or self.control.should_save:
+            if state.finished or self._due(config.checkpoint.period) or self._asked.save:
                 self._save()
+                self._agree(stop)
             if self._due(config.checkpoint.hf_period):
                 self._export(self.folder.hf_at(state.step))
         if not state.total_steps:
@@ -228,11 +239,16 @@ class Trainer:
             self._call("on_epoch_end")
 
     def _agree(self, stop: StopRequest) -> None:
-        """Make every rank's signals and requests those of all, and publish the checkpoint that all have written."""
+        """Make every rank's signals and requests those of all, and publish the checkpoint that all have written.
+
+        The loop acts on what was agreed; what a callback asks for later, in on_save say, waits for the next time.
+        """
         control, number = self.control, 0 if stop.signal is None else signal.Signals[stop.signal].value
         asked = [number, control.should_save, control.should_evaluate, control.should_stop, self.checkpoints.busy]
         number, save, evaluate, end, busy = map(int, self.ranks.max(asked))
-        control.should_save, control.should_evaluate, control.should_stop = bool(save), bool(evaluate), bool(end)
+        before = self._asked
+        self._asked = Requests(bool(save) or before.save, bool(evaluate) or before.evaluate, bool(end) or before.stop)
+        control.should_save = control.should_evaluate = False
         self._stopped_by = signal.Signals(number).name if number else None
         if not busy:
             self._publish_checkpoint()
@@ -278,7 +294,6 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._flush()
-        self.control.should_evaluate = False
         if self.val is None:
             return
         started = time.perf_counter()
@@ -291,7 +306,6 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, or begin to (``checkpoint.async_save``)."""
         self._flush()
-        self.control.should_save = False
         self._publish_checkpoint()
         self.state.val_loss = self._since_save.get("validation/loss")
         self.state.metric = self._since_save.get(self.config.checkpoint.metric)

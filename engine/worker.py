@@ -42,7 +42,7 @@ def main(
         PeerFailed: Where another rank says why.
     """
     folder: RunFolder | None = None
-    closing: list[metrics.Logger | Callback] = []
+    closing: list[metrics.Logger | Callback | Checkpoints] = []
     with stop:
         try:
             folder = ranks.together(lambda: _folder(config, recipe, ranks, apart=console is not None))
@@ -81,7 +81,7 @@ def _run(
     config: RunConfig,
     folder: RunFolder,
     console: metrics.Console,
-    closing: list[metrics.Logger | Callback],
+    closing: list[metrics.Logger | Callback | Checkpoints],
     stop: StopRequest,
     ranks: Ranks,
 ) -> int:
@@ -90,6 +90,7 @@ def _run(
     callbacks = ranks.together(lambda: [*monitor.builtin(config), *map(_callback, config.run.callbacks)])
     closing += callbacks
     checkpoints = ranks.together(lambda: Checkpoints(folder.checkpoints, config.checkpoint, ranks))
+    closing.append(checkpoints)
     source, state = ranks.first(lambda: folder.resume_from(config))
     samples = _samples(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, samples, ranks))
@@ -102,7 +103,10 @@ def _run(
     ranks.first(lambda: folder.write_recipe(lock))
     logging = ranks.together(lambda: _loggers(config, folder, console, state.step) if ranks.main else [])
     closing += logging
-    backend = ranks.together(lambda: _backend(config, samples["train"], ranks))
+    ranks.together(
+        lambda: hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
+    )
+    backend = _backend(config, samples["train"], ranks)
     ranks.first(lambda: checkpoints.check_space(backend))
     ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:

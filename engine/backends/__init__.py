@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine.config.schema import RunConfig
-from engine.ranks import Ranks
 from engine.types import Backend
+
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
 
 
 def build(config: RunConfig, ranks: Ranks) -> Backend:

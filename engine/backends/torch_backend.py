@@ -25,6 +25,7 @@ from kernels import reference
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WORKSPACE_MB = {"cpu": 32, "cuda": 512}
 """Float32 logits that exist at once: on CPUs a chunk is best when it stays near the caches."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -124,9 +125,9 @@ class TorchBackend:
         self.root.train()
         loss, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
         for batch in micro_batches:
-            partial, found = self.root(self.root.loss, batch.to(self.device), objective)
-            (partial / global_units).backward()
-            loss += partial.detach()
+            share, found = self.root(self.root.loss, batch.to(self.device), objective)
+            (share / global_units).backward()
+            loss += share.detach()
             _accumulate(sums, found)
         loss, sums = self._over_ranks(loss, sums, global_units)
         self.weights.reduce()
@@ -150,8 +151,8 @@ class TorchBackend:
         units = 0.0
         loss, sums = torch.zeros((), device=self.device), dict[str, Tensor]()
         for batch in micro_batches:
-            partial, found = self.root(self.root.loss, batch.to(self.device), objective)
-            loss += partial
+            share, found = self.root(self.root.loss, batch.to(self.device), objective)
+            loss += share
             units += objective.units(batch.targets)
             _accumulate(sums, found)
         self.weights.rest()
@@ -204,6 +205,8 @@ class TorchBackend:
             self.tokenizer  # noqa: B018  # loaded here, not by the thread that writes
 
         def write(folder: Path) -> Sequence[Path]:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a new thread begins with the first
             files = shards.save(state, folder, self.write_group)
             if self.ranks.main:
                 hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
@@ -229,6 +232,7 @@ class TorchBackend:
                 f"{folder}: the checkpoint is of another model than {self.config.model.path}; choose the run's own recipe."
             )
         same_ranks = sum(name.startswith("rng/cpu/") for name in sizes) == self.ranks.size
+        same_ranks &= all(name in sizes for name in state)  # and the same kind of device
         shards.load(state if same_ranks else wanted, folder, self.write_group)
         for p in self.weights.master.values():
             self.optimizer.state[p]["step"].copy_(state["optimizer/step"][0])
@@ -275,7 +279,9 @@ class TorchBackend:
 
     @cached_property
     def _peak(self) -> float | None:
-        """Peak of this rank's device, FLOP/s."""
+        """Peak of this rank's device, FLOP/s; none for mixtures of experts, of which a token does not pass all."""
+        if any(getattr(self.lm.config, name, None) for name in EXPERTS):
+            return None
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return flops.peak_flops(name, str(self.dtype))
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -45,6 +46,8 @@ class Replicated:
     def reduce(self) -> None:
         """Make the gradients those of all ranks."""
         if self.ranks.size > 1:
+            for p in self.master.values():  # every rank sums the same, used by its samples or not
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             for work in [dist.all_reduce(g, async_op=True) for g in self.grads()]:
                 work.wait()
 
@@ -164,10 +167,10 @@ class Sharded:
 
     def saved(self, name: str, local: Tensor) -> Tensor:
         """Return a tensor of the shape of a parameter's shard as a checkpoint takes it: with its place in the whole."""
-        p = self.parameters[name]
-        return DTensor.from_local(
-            local.detach(), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+        spec = self.parameters[name]._spec
+        return _from_local_no_grad(
+            local.detach(), spec
+        )  # DTensor.from_local would copy what is offloaded to the device
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """Return each parameter whole, gathered when its turn comes."""

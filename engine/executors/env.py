@@ -10,7 +10,7 @@ from engine.config.schema import RunConfig
 from engine.errors import UserError
 
 FIRST_PORT, PORTS = 20000, 20000
-"""Under srun all ranks meet at a port that follows from the job's number."""
+"""Under srun all ranks meet at a port that follows from the numbers of job and step."""
 
 
 class EnvExecutor:
@@ -36,6 +36,8 @@ class EnvExecutor:
 
         device = torch.device("cpu")
         if torch.cuda.is_available():
+            if torch.cuda.device_count() == 1 and "SLURM_PROCID" in os.environ:
+                local_rank = 0  # srun shows each task its own GPU
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"cluster=env: local rank {local_rank}, and this machine has {torch.cuda.device_count()} GPUs; start at most "
@@ -45,10 +47,11 @@ class EnvExecutor:
             torch.cuda.set_device(device)
         os.environ.update(place)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        try:
-            return worker.main(config, recipe, Ranks.join(device), StopRequest())
-        finally:
-            dist.destroy_process_group()
+        ranks = Ranks.join(device)
+        config, recipe = ranks.gather((config, recipe))[0]  # a default run.dir has a time and a number: one for all
+        code = worker.main(config, recipe, ranks, StopRequest())
+        dist.destroy_process_group()
+        return code
 
 
 def rendezvous() -> dict[str, str]:
@@ -72,5 +75,7 @@ def rendezvous() -> dict[str, str]:
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "MASTER_ADDR": first,
-        "MASTER_PORT": str(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS),
+        "MASTER_PORT": str(
+            FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_STEP_ID", 0))) % PORTS
+        ),
     }

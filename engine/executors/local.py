@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from engine.config.schema import RunConfig
+from engine.errors import UserError
 
 
 class LocalExecutor:
     """Runs the one rank here."""
 
     def run(self, config: RunConfig, recipe: str) -> int:
-        """Run the rank on the GPU if there is one, else on the CPU, and return its exit code."""
+        """Run the rank on the GPU if there is one, else on the CPU, and return its exit code.
+
+        Raises:
+            UserError: If a launcher has started several of these.
+        """
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"cluster=local: a launcher has started {os.environ['WORLD_SIZE']} processes, which would all do the same run; "
+                "choose cluster=env."
+            )
         import torch
 
         from engine import worker

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -32,15 +33,16 @@ from engine.train import StopRequest
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH", "PYTHONPATH", "OMP_NUM_THREADS")
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH", "PYTHONPATH")
 """Environment variables of the driver with which a running cluster starts its ranks, by the beginning of their names."""
-HANDED_OVER = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_")
+HANDED_OVER = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_", "OMP_NUM_THREADS")
 """Those that the ranks get once they run: a cluster shows anyone what it starts processes with, and there are keys among these."""
 END = "end"
 SHUTDOWN_S = 10.0
@@ -148,23 +150,29 @@ class Driver:
 
     def _fit(self, end: queue.Queue[Exception | None], ranks: int, gpu: bool, scratch: Path) -> None:
         """Run Ray Train to its end, in a thread of its own."""
+        try:
+            self._trainer(ranks, gpu, scratch).fit()
+            end.put(None)
+        except Exception as error:  # whatever Ray says, the driver's loop turns into an end
+            end.put(error)
+
+    def _trainer(self, ranks: int, gpu: bool, scratch: Path) -> Any:
         from ray.train import FailureConfig, ScalingConfig
         from ray.train import RunConfig as TrainConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        trainer = TorchTrainer(
-            rank_main,
-            train_loop_config={
-                "config": self.config,
-                "recipe": self.recipe,
-                "mailbox": self.mailbox,
-                "folder": os.getcwd(),
-                "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
-                "environment": {k: v for k, v in os.environ.items() if k.startswith(HANDED_OVER)},
-            },
+        given = {
+            "config": self.config,
+            "recipe": self.recipe,
+            "mailbox": self.mailbox,
+            "folder": os.getcwd(),
+            "environment": {k: v for k, v in os.environ.items() if k.startswith(HANDED_OVER)},
+        }
+        return TorchTrainer(
+            partial(rank_main, given),  # no train_loop_config, which Ray may record
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=ranks, use_gpu=gpu, resources_per_worker={"CPU": 1, "GPU": int(gpu)}
+                num_workers=ranks, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
             ),
             run_config=TrainConfig(
                 name=f"run{self.replaced}",
@@ -173,11 +181,6 @@ class Driver:
                 callbacks=[report_losses(self.mailbox)],
             ),
         )
-        try:
-            trainer.fit()
-            end.put(None)
-        except Exception as error:  # whatever Ray says, the driver's loop turns into an end
-            end.put(error)
 
     def _events(self) -> Iterator[tuple[str, Any] | None]:
         """Return the events as they come, and None now and then where none does; the last one is the end of Ray Train."""
@@ -204,7 +207,8 @@ class Driver:
             if self.asked is not None and not told:
                 told = True
                 if not self.training:
-                    self.console.say(f"stopped by {self.asked} before training began; the same command starts again.")
+                    how = "goes on from the last checkpoint" if self.replaced else "starts again"
+                    self.console.say(f"stopped by {self.asked} before training began; the same command {how}.")
                     return EXIT_STOPPED
                 self.mailbox.ask.remote(self.asked)
             if event is None:
@@ -332,7 +336,9 @@ def rank_main(given: dict[str, Any]) -> None:
     from engine.ranks import PeerFailed, Ranks, is_lost_peer
 
     place = ray.train.get_context()
-    torch.set_num_threads(given["threads"] or max(1, (os.cpu_count() or 1) // place.get_local_world_size()))
+    threads = given["environment"].get("OMP_NUM_THREADS", "")
+    cores = max(1, (os.cpu_count() or 1) // place.get_local_world_size())
+    torch.set_num_threads(int(threads) if threads.isdigit() else cores)
     ranks, mailbox, stop = Ranks.join(ray.train.torch.get_device()), given["mailbox"], StopRequest()
     console = metrics.Console()
     if ranks.main:
@@ -427,7 +433,7 @@ def devices(config: RunConfig) -> tuple[int, bool]:
     if ranks > have:
         kind = "GPUs" if gpu else "CPU cores"
         raise UserError(
-            f"{key}: {ranks} ranks, and {where} has {have} {kind}; lower it to {max(1, have // cluster.num_nodes)}."
+            f"{key}: {ranks} ranks, and {where} has {have} {kind}; lower it to {max(1, have // (cluster.num_nodes if gpu else 1))}."
         )
     problems = checks.layout(config.train, config.data, config.backend, ranks)
     if problems:

@@ -34,8 +34,8 @@ def sweep(driver: int, ray: str) -> None:
     """
     known: set[psutil.Process] = set()
     while not select.select([sys.stdin], [], [], PERIOD_S)[0]:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(driver).children():
+        for child in _children(driver):
+            with suppress(psutil.NoSuchProcess):
                 if any(ray in word for word in child.cmdline()) and child.pid != os.getpid():
                     known |= {child, *child.children(recursive=True)}
     for process in known:
@@ -43,6 +43,13 @@ def sweep(driver: int, ray: str) -> None:
             psutil.NoSuchProcess
         ):  # psutil knows a process by its start too: a number used again is another one
             process.kill()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pytest
 from safetensors.torch import load_file
 
 import engine
+from engine.__main__ import main
 from engine.errors import RunError, UserError
 from tests.conftest import ROOT, read_metrics
 
@@ -379,6 +380,19 @@ def test_signal_to_torchrun_saves_a_checkpoint(long_run: list[str], tmp_path: Pa
     assert saved.name == f"step_{steps_done(run_dir):08d}"
 
 
+def test_what_a_callback_of_one_rank_asks_for_all_ranks_do(base: list[str], tmp_path: Path) -> None:
+    """Asked for after a checkpoint, where the ranks have agreed already; without run.dir they share one folder all the same."""
+    write_callback(
+        tmp_path,
+        "def on_save(self, control, checkpoint):\n"
+        "    if control.rank == 1 and control.step == 2:\n"
+        "        control.should_stop = True",
+    )
+    run_to_end(torchrun([*base, "run.callbacks=[disturb:Disturb]"]), tmp_path)
+    (run_dir,) = (tmp_path / "outputs").iterdir()
+    assert steps_done(run_dir) == 2 and (run_dir / "hf" / "config.json").exists()
+
+
 def test_run_that_makes_no_step_is_not_started_for_ever(base: list[str], tmp_path: Path, start: Start) -> None:
     write_callback(
         tmp_path,
@@ -498,8 +512,16 @@ def test_ray_address_where_nobody_answers(base: list[str], tmp_path: Path) -> No
     assert time.monotonic() - started < 30
 
 
-def test_env_without_a_launcher(base: list[str], tmp_path: Path) -> None:
+def test_launcher_and_executor_that_do_not_fit(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "start the command with torchrun or srun" in refused([*base, "cluster=env", f"run.dir={tmp_path}"])
+    assert main([*base, "cluster=env", "-m", "run.seed=0,1", f"run.dir={tmp_path}"]) == 2
+    assert "-m: cluster=env runs one recipe" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "cluster=local: a launcher has started 2 processes" in refused([*base, f"run.dir={tmp_path}"])
+    monkeypatch.setenv("RANK", "1")
+    assert main([*base, "run.sed=1"]) == 2 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
