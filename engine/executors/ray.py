@@ -26,7 +26,7 @@ from typing import Any
 from engine import metrics
 from engine.config import checks
 from engine.config.schema import ClusterSection, RunConfig
-from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
+from engine.errors import EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.executors import sweeper
 from engine.run_folder import RunFolder
 from engine.train import StopRequest
@@ -95,6 +95,8 @@ class Driver:
     """What they failed of since, first cause first."""
     asked: str | None = None
     """The signal that asks to stop."""
+    reported: bool = False
+    """Whether the ranks have reported the run's end."""
     mailbox: Any = None
     end: queue.Queue[Exception | None] = field(default_factory=queue.Queue)
     """How Ray Train ended."""
@@ -132,7 +134,7 @@ class Driver:
             fit = threading.Thread(target=self._fit, args=(self.end, ranks, gpu, scratch), daemon=True)
             fit.start()
             code = self._watch()
-            if code == EXIT_DONE:
+            if self.reported:  # Ray Train ends by itself; Ray exits a process that calls it after its shutdown
                 fit.join(SHUTDOWN_S)
             return code
         finally:
@@ -215,6 +217,7 @@ class Driver:
                 continue
             kind, value = event
             if kind == "done":
+                self.reported = True
                 return int(value)
             if kind == "failed":
                 self._failed(*value)

@@ -340,7 +340,7 @@ def test_signal_to_the_driver_ends_all_ranks_at_one_step_with_75(
         tmp_path,
         "def on_step_end(self, control):\n"
         "    (control.run_dir / f'rank{control.rank}').write_text(str(control.step))\n"
-        "    if control.step >= 2 and not (control.run_dir / 'checkpoints').joinpath('step_00000003').exists():\n"
+        "    if control.step >= 2 and not (control.run_dir / 'again').exists():\n"
         "        time.sleep(0.5)",
     )
     run_dir = tmp_path / "run"
@@ -355,6 +355,7 @@ def test_signal_to_the_driver_ends_all_ranks_at_one_step_with_75(
     step = int(reached.pop())
     assert step < STEPS and (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
     assert f"stopped by {number.name} after step {step}" in (run_dir / "log.txt").read_text()
+    (run_dir / "again").write_text("")
     again = start(torchrun(overrides))
     assert again.wait() == 0, again.log.read_text()
     assert_same_run(run_dir, undisturbed)
