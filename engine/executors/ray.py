@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import socket
 import threading
@@ -45,8 +44,6 @@ PASSED_ON = ("NCCL_", "GLOO_", "TORCH", "PYTHONPATH")
 HANDED_OVER = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_", "OMP_NUM_THREADS")
 """Those that the ranks get once they run: a cluster shows anyone what it starts processes with, and there are keys among these."""
 END = "end"
-SHUTDOWN_S = 10.0
-"""How long Ray Train may take to end once the run is done."""
 
 
 class RayExecutor:
@@ -95,11 +92,7 @@ class Driver:
     """What they failed of since, first cause first."""
     asked: str | None = None
     """The signal that asks to stop."""
-    reported: bool = False
-    """Whether the ranks have reported the run's end."""
     mailbox: Any = None
-    end: queue.Queue[Exception | None] = field(default_factory=queue.Queue)
-    """How Ray Train ended."""
 
     def run(self) -> int:
         """Run the ranks to the end, on as many Rays as it takes."""
@@ -129,14 +122,9 @@ class Driver:
             starter.submit(connect, self.config.cluster).result()
             self._catch_signals()
             ranks, gpu = devices(self.config)
-            self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(**_here()).remote()
-            self.end = queue.Queue()
-            fit = threading.Thread(target=self._fit, args=(self.end, ranks, gpu, scratch), daemon=True)
-            fit.start()
-            code = self._watch()
-            if self.reported:  # Ray Train ends by itself; Ray exits a process that calls it after its shutdown
-                fit.join(SHUTDOWN_S)
-            return code
+            here = ray.remote(num_cpus=0, scheduling_strategy=_this_node())
+            self.mailbox = here(Mailbox).remote()
+            return self._watch(here(fit).options(max_retries=0).remote(self._given(), ranks, gpu, self._train(scratch)))
         finally:
             ray.shutdown()
             starter.shutdown(wait=False)
@@ -150,62 +138,59 @@ class Driver:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
 
-    def _fit(self, end: queue.Queue[Exception | None], ranks: int, gpu: bool, scratch: Path) -> None:
-        """Run Ray Train to its end, in a thread of its own."""
-        try:
-            self._trainer(ranks, gpu, scratch).fit()
-            end.put(None)
-        except Exception as error:  # whatever Ray says, the driver's loop turns into an end
-            end.put(error)
-
-    def _trainer(self, ranks: int, gpu: bool, scratch: Path) -> Any:
-        from ray.train import FailureConfig, ScalingConfig
-        from ray.train import RunConfig as TrainConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        given = {
+    def _given(self) -> dict[str, Any]:
+        """Return what the ranks are given."""
+        return {
             "config": self.config,
             "recipe": self.recipe,
             "mailbox": self.mailbox,
             "folder": os.getcwd(),
             "environment": {k: v for k, v in os.environ.items() if k.startswith(HANDED_OVER)},
         }
-        return TorchTrainer(
-            partial(rank_main, given),  # no train_loop_config, which Ray may record
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=ranks, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
-            ),
-            run_config=TrainConfig(
-                name=f"run{self.replaced}",
-                storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=self.config.cluster.max_failures - self.replaced),
-                callbacks=[report_losses(self.mailbox)],
-            ),
-        )
 
-    def _events(self) -> Iterator[tuple[str, Any] | None]:
-        """Return the events as they come, and None now and then where none does; the last one is the end of Ray Train."""
+    def _train(self, scratch: Path) -> dict[str, Any]:
+        """Return Ray Train's settings for this run."""
+        return {
+            "name": f"run{self.replaced}",
+            "storage_path": str(scratch),
+            "max_failures": self.config.cluster.max_failures - self.replaced,
+        }
+
+    def _events(self, trained: Any) -> Iterator[tuple[str, Any] | None]:
+        """Return the events as they come, and None now and then where none does; the last one is the end of Ray Train.
+
+        Args:
+            trained: Reference to the end of Ray Train.
+
+        Raises:
+            RayLost: If Ray dies on this machine.
+        """
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         letters = self.mailbox.take.remote()
         while True:
+            if died():
+                raise RayLost  # Ray itself would miss its processes some seconds later, and may then end this one
             try:
                 if ray.wait([letters], timeout=0.2)[0]:
                     yield from ray.get(letters)
                     letters = self.mailbox.take.remote()
-                elif self.end.empty():
+                elif not ray.wait([trained], timeout=0)[0]:
                     yield None
                 else:  # all that was written before is read
-                    yield END, self.end.get()
-            except RayError as error:  # the mailbox is gone, and Ray with it
+                    yield END, ray.get(trained)
+            except RayTaskError as error:
+                yield END, error
+            except RayError as error:  # the mailbox is gone, or Ray Train, and Ray with it
+                if self.config.cluster.name == "ray_local":
+                    raise RayLost from error
                 yield END, error
 
-    def _watch(self) -> int:
+    def _watch(self, trained: Any) -> int:
         """Show and answer events until the run ends."""
         told = False
-        for event in self._events():
+        for event in self._events(trained):
             if self.asked is not None and not told:
                 told = True
                 if not self.training:
@@ -217,7 +202,6 @@ class Driver:
                 continue
             kind, value = event
             if kind == "done":
-                self.reported = True
                 return int(value)
             if kind == "failed":
                 self._failed(*value)
@@ -257,10 +241,6 @@ class Driver:
 
     def _ended(self, error: Exception | None) -> None:
         """End a run whose ranks did not report their end."""
-        from ray.exceptions import RayError
-
-        if isinstance(error, RayError) and self.config.cluster.name == "ray_local":
-            raise RayLost(_last_line(error)) from error
         if not self.causes and error is not None:
             self.causes.append(f"the ranks were lost ({_last_line(error)})")
         self.replaced = self.config.cluster.max_failures
@@ -323,6 +303,27 @@ class MailConsole(metrics.Console):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step's figures."""
         self._post.remote("log", (step, dict(metrics)))
+
+
+def fit(given: dict[str, Any], ranks: int, gpu: bool, train: dict[str, Any]) -> None:
+    """Run Ray Train to its end, in a process of its own: the driver's must outlive Ray."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    TorchTrainer(
+        partial(rank_main, given),  # no train_loop_config, which Ray may record
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=ranks, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
+        ),
+        run_config=TrainConfig(
+            name=train["name"],
+            storage_path=train["storage_path"],
+            failure_config=FailureConfig(max_failures=train["max_failures"]),
+            callbacks=[report_losses(given["mailbox"])],
+        ),
+    ).fit()
 
 
 def rank_main(given: dict[str, Any]) -> None:
@@ -415,6 +416,15 @@ def connect(cluster: ClusterSection) -> None:
         ) from error
 
 
+def died() -> bool:
+    """Return whether one of the processes without which there is no Ray, started by this process, has ended."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    started = node.all_processes  # none on a running cluster
+    return any(p.process.poll() is not None for kind in ("raylet", "gcs_server") for p in started.get(kind, ()))
+
+
 def devices(config: RunConfig) -> tuple[int, bool]:
     """Return the number of ranks and whether each has a GPU.
 
@@ -448,13 +458,12 @@ def _discard(*args: Any, **options: Any) -> None:
     """Print nothing."""
 
 
-def _here() -> dict[str, Any]:
-    """Return the options that place an actor on the driver's machine."""
+def _this_node() -> Any:
+    """Return the strategy that places an actor or a task on the driver's machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _last_line(error: BaseException) -> str:
