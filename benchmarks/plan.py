@@ -59,7 +59,7 @@ def main() -> None:
     """Print the figures."""
     print("| conversations | samples of a step, ms |\n|---|---|")
     for size in (10_000, 1_000_000, 10_000_000):
-        plan = Plan(num_samples=size, batch_size=BATCH)
+        plan = Plan(sizes=[size], batch_size=BATCH)
         steps = plan.steps_per_epoch
         print(f"| {size:,} | {milliseconds(lambda i, p=plan, n=steps: p.members(i * 977 % n)):.2f} |")
     batches = draw_batches(BATCH)

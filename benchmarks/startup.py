@@ -76,10 +76,9 @@ def _imports(mark: Marks) -> None:
 
     mark("import pyarrow")
     from engine import backends, train, worker
-    from engine.data import cache
 
     mark("import the engine")
-    _around(cache, "prepare", mark, before="run folder", after="open the data cache")
+    _around(worker, "assemble", mark, before="run folder", after="open the data cache")
     _around(worker, "receipt", mark, before="plan", after="receipt")
     _around(backends, "build", mark, before="write recipe and lock", first=lambda: _model(mark))
     _around(train.Trainer, "_step", mark, before="rest of the set-up", after="first step")

@@ -9,38 +9,28 @@ import sys
 
 from engine import executors
 from engine.config import compose
-from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, UserError, command
 
 MULTIRUN, HELP, SHOW = {"-m", "--multirun"}, {"-h", "--help"}, {"--cfg"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code; errors become sentences."""
-    words = sys.argv[1:] if argv is None else argv
+@command
+def main(words: list[str]) -> int:
+    """Run the command line and return its exit code."""
     flags = [w for w in words if w.startswith("-")]
     overrides = [w for w in words if not w.startswith("-")]
-    try:
-        unknown = [f for f in flags if f not in MULTIRUN | HELP | SHOW]
-        if unknown:
-            raise UserError(*(f"{f}: no such flag; there are -m, --cfg and --help." for f in unknown))
-        if HELP & set(flags):
-            from engine.config.help import text
+    unknown = [f for f in flags if f not in MULTIRUN | HELP | SHOW]
+    if unknown:
+        raise UserError(*(f"{f}: no such flag; there are -m, --cfg and --help." for f in unknown))
+    if HELP & set(flags):
+        from engine.config.help import text
 
-            print(text())
-            return EXIT_DONE
-        if SHOW & set(flags):
-            print(compose.compose(compose.with_quickstart(overrides)).recipe, end="")
-            return EXIT_DONE
-        return sweep(overrides) if MULTIRUN & set(flags) else run_one(overrides)
-    except RunError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}" if not line.startswith("  ") else line, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "error: interrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr
-        )
-        return EXIT_ERROR
+        print(text())
+        return EXIT_DONE
+    if SHOW & set(flags):
+        print(compose.compose(compose.with_quickstart(overrides)).recipe, end="")
+        return EXIT_DONE
+    return sweep(overrides) if MULTIRUN & set(flags) else run_one(overrides)
 
 
 def run_one(overrides: list[str]) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+
 EXIT_DONE, EXIT_ERROR, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
 
 
@@ -19,3 +23,21 @@ class UserError(RunError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
+    """Make a command's entry point of a function from its words to its exit code: errors become sentences on standard error."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except RunError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}" if not line.startswith("  ") else line, file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("error: interrupted; the same command starts again, or goes on from a checkpoint.", file=sys.stderr)
+            return EXIT_ERROR
+
+    return run

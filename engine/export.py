@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from engine import checkpoint
-from engine.errors import EXIT_DONE, RunError, UserError
+from engine.errors import EXIT_DONE, UserError, command
 
 
 def export(source: Path, out: Path) -> Path:
@@ -44,7 +44,8 @@ def export(source: Path, out: Path) -> Path:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.export", description=export.__doc__)
     parser.add_argument(
@@ -52,11 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     options = parser.parse_args(argv)
-    try:
-        found = export(options.checkpoint, options.out)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    found = export(options.checkpoint, options.out)
     print(f"wrote {options.out} from {found}")
     return EXIT_DONE
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EXIT_DONE, RunError, UserError
+from engine.errors import EXIT_DONE, UserError, command
 
 
 def load(path: str) -> tuple[Any, Any]:
@@ -29,18 +29,15 @@ def load(path: str) -> tuple[Any, Any]:
         raise UserError(f"--model {path}: cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.generate", description=__doc__)
     parser.add_argument("--model", required=True, help="a folder such as RUN_DIR/hf, or a hub id")
     parser.add_argument("--prompt", help="one question; without it, questions are read line by line")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     options = parser.parse_args(argv)
-    try:
-        lm, tokenizer = load(options.model)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    lm, tokenizer = load(options.model)
 
     from engine.backends.hf_model import answer
 

@@ -16,8 +16,15 @@ TOKENIZER_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.*",
-    "tokenizer.model",
+    "additional_chat_templates/*",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
 ]
+"""What a tokenizer may be read from; config.json, which names its class, apart."""
 CONFIG_FILES = ["config.json", "generation_config.json", "*.py", *TOKENIZER_FILES]
 
 

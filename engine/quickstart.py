@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.checks import BUILTIN
-from engine.data import rows
+from engine.data import rows, tasks
 from engine.types import Callback, Control
 
 SHOWN = 8
@@ -14,7 +13,7 @@ class BeforeAndAfter(Callback):
     """Answers the held-out prompts by greedy generation before and after training, and shows what changed."""
 
     def __init__(self) -> None:
-        self.rows = [row for _, row in rows.read(f"{BUILTIN}tasks/heldout", "train")]
+        self.rows = list(tasks.generate("heldout", *rows.BUILTIN_ROWS["tasks/heldout"]))
         self.before: list[str] | None = None
 
     def on_train_begin(self, control: Control) -> None:

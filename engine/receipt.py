@@ -13,7 +13,7 @@ from typing import Any
 
 from engine import hub
 from engine.config.schema import RunConfig
-from engine.data.cache import Samples
+from engine.data.assemble import Data
 from engine.ranks import Ranks
 
 PACKAGES = (
@@ -32,16 +32,16 @@ PACKAGES = (
 BLOCK = 1 << 20
 
 
-def receipt(config: RunConfig, samples: dict[str, Samples], ranks: Ranks) -> dict[str, Any]:
+def receipt(config: RunConfig, data: Data, ranks: Ranks) -> dict[str, Any]:
     """Return the fingerprints of data, weights, code, versions and hardware.
 
     Args:
         config: The recipe.
-        samples: Tokenised data by split; a fingerprint covers rows, tokenizer, template and settings.
+        data: The tokenised data; a fingerprint covers tokens, and which of them are trained.
         ranks: Their number and kind of device.
     """
     return {
-        "data": {split: s.fingerprint for split, s in samples.items()},
+        "data": data.fingerprints,
         "weights": weights_fingerprint(config),
         "code": _code(),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -51,7 +51,7 @@ def receipt(config: RunConfig, samples: dict[str, Samples], ranks: Ranks) -> dic
             "cores": os.cpu_count(),
             "ranks": ranks.size,
         },
-        "samples": {split: vars(s.summary) for split, s in samples.items()},
+        "samples": {name: {**vars(s.summary), "revision": s.revision} for name, s in data.sources.items()},
     }
 
 

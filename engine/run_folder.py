@@ -24,9 +24,11 @@ RESUMABLE = {
     "logger",
     "cluster",
     "checkpoint",
+    "data.bad_rows",
     "data.cache",
     "data.cache_dir",
     "data.num_workers",
+    "data.revision",
     "run.probe",
     "run.record_memory",
     "run.profile_steps",
@@ -145,6 +147,14 @@ class RunFolder:
             return None, TrainState()
         checkpoint.check_whole(source)
         return source, checkpoint.read_state(source)
+
+    def revisions(self) -> dict[str, str]:
+        """Return the revision of each source that the run has begun with, by the source's name."""
+        file = self.path / "lock.json"
+        if not checkpoint.all_in(self.checkpoints) or not file.is_file():
+            return {}
+        found = json.loads(file.read_text()).get("samples", {})
+        return {name: source["revision"] for name, source in found.items() if source.get("revision")}
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie past a step, and a line that a crash left unfinished."""

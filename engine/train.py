@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,7 +78,6 @@ class Counts(NamedTuple):
     """What the micro-batches of a step hold, over all ranks."""
 
     units: float
-    sequences: float
     tokens: float
     places: float
     """Tokens with padding."""
@@ -91,7 +90,6 @@ class Counts(NamedTuple):
         """Count one rank's micro-batches."""
         return cls(
             units=sum(objective.units(b.targets) for b in batches),
-            sequences=sum(len(b.targets.bounds) - 1 for b in batches),
             tokens=sum(b.num_tokens for b in batches),
             places=sum(b.input_ids.numel() for b in batches),
             trained_tokens=sum(b.targets.num_tokens for b in batches),
@@ -116,7 +114,7 @@ class Trainer:
     backend: Backend
     objective: Objective
     train: Loader
-    val: Loader | None
+    val: Mapping[str, Loader]
     folder: RunFolder
     checkpoints: Checkpoints
     console: Console
@@ -222,6 +220,7 @@ class Trainer:
             "perf/padding_share": 1 - counts.tokens / counts.places,
             "perf/memory_gb": memory_gb(),
             "timing/data_s": loaded - started,
+            **self.train.by_source(state.step - 1),
             **self._timings,
         }
         mfu = self.backend.utilization(
@@ -255,7 +254,7 @@ class Trainer:
 
     def _advance(self, counts: Counts) -> None:
         state = self.state
-        state.consumed_samples += int(counts.sequences)
+        state.consumed_samples += len(self.train.plan.members(state.step))
         state.step += 1
         state.epoch = state.step / self.train.plan.steps_per_epoch
         state.total_tokens += int(counts.tokens)
@@ -294,7 +293,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._flush()
-        if self.val is None:
+        if not self.val:
             return
         started = time.perf_counter()
         metrics = evaluate(self.backend, self.objective, self.val, self.config.algorithm.val_batches)
@@ -373,17 +372,31 @@ def total_steps(config: RunConfig, train: Loader) -> int:
     return from_epochs if steps is None else min(steps, from_epochs)
 
 
-def evaluate(backend: Backend, objective: Objective, val: Loader, val_batches: int) -> dict[str, float]:
-    """Return the validation metrics over all batches, or the first ``val_batches``."""
+def evaluate(backend: Backend, objective: Objective, sets: Mapping[str, Loader], val_batches: int) -> dict[str, float]:
+    """Return the validation metrics over all batches of every set, or the first ``val_batches``.
+
+    Several sets have theirs under ``validation/NAME/``; ``validation/`` itself is then what one set of all of them would have.
+    """
+    found = {name: _evaluate(backend, objective, val, val_batches) for name, val in sets.items()}
+    units = sum(result.units for result in found.values())
+    metrics: dict[str, float] = {}
+    for name, result in found.items():
+        for key, value in {"loss": result.loss, **result.sums}.items():
+            whole = f"validation/{key}"
+            metrics[whole] = metrics.get(whole, 0.0) + float(value) * (result.units / units if len(found) > 1 else 1.0)
+            if len(found) > 1:
+                metrics[f"validation/{name}/{key}"] = float(value)
+    return metrics
+
+
+def _evaluate(backend: Backend, objective: Objective, val: Loader, val_batches: int) -> StepMetrics:
     steps = range(min(val_batches or val.plan.steps_per_epoch, val.plan.steps_per_epoch))
 
     def batches() -> Iterator[MicroBatch]:
         for step in steps:
             yield from val.step(step)
 
-    result = backend.evaluate(batches(), objective)
-    sums = {f"validation/{name}": float(value) for name, value in result.sums.items()}
-    return {"validation/loss": float(result.loss), **sums}
+    return backend.evaluate(batches(), objective)
 
 
 def memory_gb() -> float:

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """A tokenised conversation."""
+    """A tokenised document: a conversation, or one turn of it behind what comes before."""
 
     input_ids: NDArray[np.int32]
     """Token ids [T]."""
     trained: NDArray[np.int32]
     """Ranges of trained tokens, [start, stop) pairs in order, [R, 2]."""
+    weights: NDArray[np.float32] | None = None
+    """Loss weight of each range [R]; None: all one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class StepMetrics:
     """Loss of the global batch: the sum over micro-batches divided by its units; float32 scalar."""
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The objective's other metrics, divided by the units."""
+    units: float = 0.0
+    """What the loss of an evaluation was divided by."""
     grad_norm: torch.Tensor | None = None
     """Global L2 norm of the gradient before clipping; float32 scalar."""
     skipped: torch.Tensor | None = None

@@ -8,8 +8,10 @@ from typing import Any
 from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins
 from engine.checkpoint import Checkpoints
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
-from engine.data import cache
+from engine.data import report
+from engine.data.assemble import Data, Made, assemble
 from engine.data.loader import Loader, train_loader, val_loader
+from engine.data.samples import DataSet
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.ranks import PeerFailed, Ranks, is_lost_peer
 from engine.receipt import receipt
@@ -92,21 +94,22 @@ def _run(
     checkpoints = ranks.together(lambda: Checkpoints(folder.checkpoints, config.checkpoint, ranks))
     closing.append(checkpoints)
     source, state = ranks.first(lambda: folder.resume_from(config))
-    samples = _samples(config, folder, console, ranks)
-    train, val = ranks.together(lambda: _loaders(config, samples, ranks))
-    lock = ranks.first(lambda: _receipt(config, samples, folder, ranks))
+    data = _data(config, folder, console, ranks)
+    train, val = ranks.together(lambda: _loaders(config, data, ranks))
+    lock = ranks.first(lambda: _receipt(config, data, folder, ranks))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
     if source is not None and done and ranks.first((folder.hf / "config.json").is_file):
         console.say(f"already finished: {state.step} steps; weights in {folder.hf}")
         return EXIT_DONE
     ranks.first(lambda: folder.write_recipe(lock))
+    ranks.first(lambda: report.write(folder.path, data, train))
     logging = ranks.together(lambda: _loggers(config, folder, console, state.step) if ranks.main else [])
     closing += logging
     ranks.together(
         lambda: hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
     )
-    backend = _backend(config, samples["train"], ranks)
+    backend = _backend(config, data.train, ranks)
     ranks.first(lambda: checkpoints.check_space(backend))
     ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
@@ -135,24 +138,37 @@ def _loggers(config: RunConfig, folder: RunFolder, console: metrics.Console, ste
     return [jsonl, *loggers.build(config, folder.recipe, folder.path, step, console.say)]
 
 
-def _samples(config: RunConfig, folder: RunFolder, console: metrics.Console, ranks: Ranks) -> dict[str, cache.Samples]:
-    """Return the tokenised data by split: made by the first rank where the cache has none, then read by the others."""
-    splits = ["train", "val"] if config.data.val_path is not None else ["train"]
+def _data(config: RunConfig, folder: RunFolder, console: metrics.Console, ranks: Ranks) -> Data:
+    """Return the tokenised data: made by the first rank where the cache has none, then read by the others."""
+    own: list[Data] = []
 
-    def prepare(*, made: bool) -> dict[str, cache.Samples]:
-        return {split: cache.prepare(config, split, folder.path, console.say, made=made) for split in splits}
+    def first() -> dict[str, Made]:
+        own.append(assemble(config, folder.path, console.say, revisions=folder.revisions()))
+        return own[0].made
 
-    first = ranks.together(lambda: prepare(made=False) if ranks.main else {})
-    return ranks.together(lambda: first or prepare(made=True))
+    made = ranks.first(first)
+    data = ranks.together(lambda: own[0] if own else assemble(config, folder.path, _say_nothing, made=made))
+    prints = ranks.gather(data.fingerprints)
+    odd = next((rank for rank, found in enumerate(prints) if found != prints[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"data: rank {odd} has other samples than the first one (its files differ, say); give all machines the same files, or "
+            "a data.cache_dir that they share."
+        )
+    return data
 
 
-def _loaders(config: RunConfig, samples: dict[str, cache.Samples], ranks: Ranks) -> tuple[Loader, Loader | None]:
-    """Return the loaders of this rank's training and validation data."""
-    data, algorithm, sizes = config.data, config.algorithm, config.train
+def _say_nothing(text: str) -> None:
+    """Leave it to the first rank."""
+
+
+def _loaders(config: RunConfig, data: Data, ranks: Ranks) -> tuple[Loader, dict[str, Loader]]:
+    """Return the loaders of this rank's training data and of each validation set."""
+    algorithm, sizes = config.algorithm, config.train
     attention_length = hub.attention_length(config.model)
     train = train_loader(
-        samples["train"],
-        data,
+        data.train,
+        config.data,
         batch_size=sizes.global_batch_size,
         micro_batch_size=sizes.micro_batch_size,
         seed=config.run.seed,
@@ -160,28 +176,29 @@ def _loaders(config: RunConfig, samples: dict[str, cache.Samples], ranks: Ranks)
         ranks=ranks.size,
         attention_length=attention_length,
     )
-    if "val" not in samples:
-        return train, None
-    val = val_loader(
-        samples["val"],
-        data,
-        batch_size=algorithm.val_global_batch_size or sizes.global_batch_size,
-        micro_batch_size=algorithm.val_micro_batch_size or sizes.micro_batch_size,
-        rank=ranks.rank,
-        ranks=ranks.size,
-        attention_length=attention_length,
-    )
+    val = {
+        name: val_loader(
+            held,
+            config.data,
+            batch_size=algorithm.val_global_batch_size or sizes.global_batch_size,
+            micro_batch_size=algorithm.val_micro_batch_size or sizes.micro_batch_size,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            attention_length=attention_length,
+        )
+        for name, held in data.validation.items()
+    }
     return train, val
 
 
-def _receipt(config: RunConfig, samples: dict[str, cache.Samples], folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
+def _receipt(config: RunConfig, data: Data, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
     """Return what the run consumes, once it is known to be what it has consumed so far."""
-    lock = receipt(config, samples, ranks)
+    lock = receipt(config, data, ranks)
     folder.check_receipt(lock)
     return lock
 
 
-def _backend(config: RunConfig, samples: cache.Samples, ranks: Ranks) -> Backend:
+def _backend(config: RunConfig, data: DataSet, ranks: Ranks) -> Backend:
     """Build the backend and prove it on a few samples."""
     import torch
 
@@ -189,7 +206,7 @@ def _backend(config: RunConfig, samples: cache.Samples, ranks: Ranks) -> Backend
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
     backend = backends.build(config, ranks)
     if config.run.probe:
-        backend.probe([samples[i] for i in range(min(PROBE_SAMPLES, len(samples)))])
+        backend.probe([data[i] for i in range(min(PROBE_SAMPLES, len(data)))])
     return backend
 
 

@@ -92,10 +92,10 @@ def base(model_folder: Path, rows_file: Path) -> list[str]:
     ]
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl that hold a training step."""
+def read_metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that have a metric: by default, those of training steps."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train/loss" in line]
+    return [line for line in lines if key in line]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from engine.backends.torch_backend import TorchBackend
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
-from engine.data import cache
+from engine.data.assemble import assemble
 from engine.data.loader import Loader, train_loader
 from engine.objectives.sft import SFT
 from engine.ranks import Ranks
@@ -25,9 +25,8 @@ def config_of(base: list[str], tmp_path: Path, *more: str) -> RunConfig:
 
 
 def loader_of(config: RunConfig, tmp_path: Path) -> Loader:
-    samples = cache.prepare(config, "train", tmp_path, lambda text: None)
     return train_loader(
-        samples,
+        assemble(config, tmp_path, lambda text: None).train,
         config.data,
         batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -58,7 +57,7 @@ def plain_pytorch(config: RunConfig, loader: Loader, step: int = 0) -> tuple[flo
     )
     losses, count = [], 0
     for i in loader.plan.members(step).tolist():
-        sample = loader.samples[i]
+        sample = loader.data[i]
         ids = torch.from_numpy(sample.input_ids.astype("int64"))
         labels = torch.full_like(ids, -100)
         for a, b in sample.trained.tolist():
@@ -152,7 +151,7 @@ def test_curve_equals_plain_pytorch(base: list[str], tmp_path: Path) -> None:
         ours = backend.train_step(batches, objective, sum(objective.units(b.targets) for b in batches), lr)
         loss_sum, count = torch.zeros(()), 0
         for i in loader.plan.members(step).tolist():
-            sample = loader.samples[i]
+            sample = loader.data[i]
             ids = torch.from_numpy(sample.input_ids.astype("int64"))[None]
             logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
             for a, b in sample.trained.tolist():
@@ -229,7 +228,7 @@ def test_families_pass_the_probe_and_equal_plain_pytorch(
     folder = random_model(tmp_path / "model", model_folder, *FAMILIES[family])
     config = config_of([o for o in base if not o.startswith("model.path")], tmp_path, f"model.path={folder}")
     loader = loader_of(config, tmp_path)
-    TorchBackend(config, Ranks()).probe([loader.samples[i] for i in range(3)])
+    TorchBackend(config, Ranks()).probe([loader.data[i] for i in range(3)])
     assert_same(gradients(config, loader), plain_pytorch(config, loader))
 
 
@@ -251,7 +250,7 @@ def test_probe_refuses_a_model_that_scales_its_logits(
     loader = loader_of(config, tmp_path)
     backend = TorchBackend(config, Ranks())
     with pytest.raises(UserError, match=r"differ from the model's own logits|does not know"):
-        backend.probe([loader.samples[i] for i in range(3)])
+        backend.probe([loader.data[i] for i in range(3)])
 
 
 def random_model(folder: Path, tokenizer: Path, name: str, fields: dict[str, Any]) -> Path:

@@ -36,7 +36,7 @@ def finished(base: list[str], rows_file: Path, tmp_path_factory: pytest.TempPath
 
 def test_run_folder_is_complete(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
-    assert names == {".lock", "recipe.yaml", "lock.json", "metrics.jsonl", "checkpoints", "hf", "log.txt"}
+    assert names == {".lock", "recipe.yaml", "lock.json", "data.txt", "metrics.jsonl", "checkpoints", "hf", "log.txt"}
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step_00000004", "step_00000005"]
     lock = json.loads((finished / "lock.json").read_text())
     assert lock["samples"]["train"]["used"] == 40 and lock["versions"]["torch"] == torch.__version__
@@ -256,7 +256,9 @@ def test_epochs_and_partial_batches(base: list[str], tmp_path: Path) -> None:
         assert engine.run([*overrides, f"data.drop_last={drop_last}", f"run.dir={folder}"]) == 0
         state = read_state(sorted((folder / "checkpoints").iterdir())[-1])
         assert (state.step, state.consumed_samples, state.epoch) == (steps, samples, 1.0)
-    with pytest.raises(UserError, match=r"train.global_batch_size=64 is more than the 40 samples .*: lower it to 40"):
+    with pytest.raises(
+        UserError, match=r"train.global_batch_size=64 is more than the 40 conversations of an epoch: lower it to 40"
+    ):
         engine.run([*overrides, "train.global_batch_size=64", f"run.dir={tmp_path / 'none'}"])
 
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine import hub
-from engine.config.schema import ModelSection
+from engine.config import sources as data_sources
+from engine.config.schema import ModelSection, RunConfig
 from engine.data.template import template_text
 from engine.errors import UserError
 
@@ -238,10 +239,11 @@ def write_description(model: Any, tokenizer: Any, folder: Path, dtype: torch.dty
     tokenizer.save_pretrained(folder)
 
 
-def trained_tokenizer(section: ModelSection) -> Any:
-    """Return the tokenizer with the template that the recipe trains."""
-    tokenizer = hub.load_tokenizer(section)
-    text = template_text(section)
+def trained_tokenizer(config: RunConfig) -> Any:
+    """Return the tokenizer with the template that the recipe trains; with the model's where its sources have different ones."""
+    tokenizer = hub.load_tokenizer(config.model)
+    own = data_sources.template(config.data)
+    text = template_text(config.model.model_copy(update={} if own == "model" else {"chat_template": own}))
     if text != "default":
         tokenizer.chat_template = text or "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer

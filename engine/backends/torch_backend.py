@@ -156,8 +156,9 @@ class TorchBackend:
             units += objective.units(batch.targets)
             _accumulate(sums, found)
         self.weights.rest()
-        loss, sums = self._over_ranks(loss, sums, self.ranks.sum([units])[0])
-        return StepMetrics(loss=loss, sums=sums)
+        units = self.ranks.sum([units])[0]
+        loss, sums = self._over_ranks(loss, sums, units)
+        return StepMetrics(loss=loss, sums=sums, units=units)
 
     @torch.no_grad()
     def probe(self, samples: Sequence[Sample]) -> None:
@@ -170,12 +171,7 @@ class TorchBackend:
             UserError: If they differ by more than rounding.
         """
         documents = [s.input_ids[:128] for s in samples]
-        packed = collate_packed(
-            [
-                s._replace(input_ids=d, trained=np.array([[0, len(d)]], np.int32))
-                for s, d in zip(samples, documents, strict=True)
-            ]
-        )
+        packed = collate_packed([Sample(d, np.array([[0, len(d)]], np.int32)) for d in documents])
         self.root.eval()
         ours_N = self.root(self.root.logprobs, packed.to(self.device))
         self.lm.set_attn_implementation("eager")
@@ -302,7 +298,7 @@ class TorchBackend:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer with the template that is trained."""
-        return hf_model.trained_tokenizer(self.config.model)
+        return hf_model.trained_tokenizer(self.config)
 
     def _replicated(self) -> Replicated:
         """Put the whole model on the device."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config import sources
 from engine.config.names import stop
 from engine.config.schema import (
     AlgorithmSection,
@@ -25,6 +26,7 @@ from engine.config.schema import (
 )
 
 BUILTIN = "builtin:"
+DATA_FILES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz"}
 MAX_LENGTH = 4096
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -40,7 +42,7 @@ def looks_local(path: str) -> bool:
     """Tell a path on this machine from a hub id (``owner/name``)."""
     if os.path.exists(os.path.expanduser(path)) or path.startswith(("/", ".", "~")):
         return True
-    return path.count("/") != 1 or Path(path).suffix in {".json", ".jsonl", ".gz"}
+    return path.count("/") != 1 or Path(path).suffix in DATA_FILES
 
 
 def set_max_length(container: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ def _check_sizes(algorithm: AlgorithmSection, train: TrainSection, data: DataSec
         problems.append(
             "data.packing.max_tokens is for packed micro-batches: set it to null, or data.packing.enabled=true."
         )
-    if data.val_path is None and (algorithm.val_period or algorithm.val_at_start):
+    if not has_validation(data) and (algorithm.val_period or algorithm.val_at_start):
         problems.append("algorithm.val_period and algorithm.val_at_start need validation data: set data.val_path.")
     return problems
 
@@ -171,8 +173,8 @@ def _check_schedule(scheduler: SchedulerSection, optimizer: OptimizerSection) ->
 
 def _check_data(data: DataSection, checkpoint: CheckpointSection) -> list[str]:
     problems = []
-    for key, path in (("data.train_path", data.train_path), ("data.val_path", data.val_path)):
-        if path is None or path.startswith(BUILTIN) or not looks_local(path):
+    for key, path in _paths(data):
+        if path.startswith(BUILTIN) or not looks_local(path):
             continue
         file = os.path.expanduser(path)
         if not os.path.exists(file):
@@ -181,11 +183,33 @@ def _check_data(data: DataSection, checkpoint: CheckpointSection) -> list[str]:
             problems.append(f"{key}={path}: not readable; change its permissions.")
         elif os.path.isfile(file) and os.path.getsize(file) == 0:
             problems.append(f"{key}={path}: the file is empty.")
-    if checkpoint.keep_best and checkpoint.metric.startswith("validation/") and data.val_path is None:
+    if checkpoint.keep_best and checkpoint.metric.startswith("validation/") and not has_validation(data):
         problems.append(
             f"checkpoint.keep_best needs {checkpoint.metric}, and data.val_path is null: set data.val_path or keep_best=0."
         )
-    return problems
+    names = sources.validation_sets(data)
+    parts = checkpoint.metric.split("/")
+    if parts[0] == "validation" and len(parts) > 2 and parts[1] not in names:
+        problems.append(
+            f"checkpoint.metric={checkpoint.metric}: no validation set is named {parts[1]}; "
+            + (f"there is {', '.join(names)}." if names else "with a single one it is validation/loss.")
+        )
+    return problems + sources.check(data)
+
+
+def has_validation(data: DataSection) -> bool:
+    """Tell whether a recipe has something to validate on."""
+    return bool(sources.of(data, "validation") or data.val_fraction)
+
+
+def _paths(data: DataSection) -> list[tuple[str, str]]:
+    """Return key and path of every source."""
+    found = []
+    for split, (single, _) in sources.LISTS.items():
+        listed = getattr(data, split)
+        for i, source in enumerate(sources.of(data, split)):
+            found.append((f"data.{split}[{i}].path" if listed else f"data.{single}", source.path))
+    return found
 
 
 def _check_run(run: RunSection) -> list[str]:
@@ -289,7 +313,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_horizon(algorithm: AlgorithmSection, data: DataSection) -> list[str]:
-    if algorithm.max_num_steps == 0 and data.val_path is None:
+    if algorithm.max_num_steps == 0 and not has_validation(data):
         return [
             "algorithm.max_num_steps=0 only validates, and there is no validation data: set data.val_path, or do some steps."
         ]

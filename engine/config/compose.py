@@ -13,13 +13,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from engine.config import checks
+from engine.config import checks, sources
 from engine.config.names import stop, suggestion
 from engine.config.schema import RunConfig, Section
 from engine.errors import UserError
@@ -73,6 +73,9 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
         keys.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys += known_keys(field.annotation, f"{prefix}{name}.")
+        for item in get_args(field.annotation):
+            if isinstance(item, type) and issubclass(item, Section):
+                keys += known_keys(item, f"{prefix}{name}[].")
     return keys
 
 
@@ -98,6 +101,8 @@ def compose(overrides: list[str]) -> Composed:
     for reason in dict.fromkeys(unresolved.values()):  # what depends on a key fails for its reason
         problems.append(f"{', '.join(k for k, r in unresolved.items() if r == reason)}: cannot be resolved ({reason}).")
     checks.set_max_length(container)
+    if isinstance(container.get("data"), dict):
+        problems += sources.expand(container["data"], resource("conf"), {o.key_or_group for o in values} | set(choices))
     sections, found = _validate(container, choices, values)
     problems += [p for p in found if p.split(".", 1)[0] not in misspelt and p.split(" ", 1)[0] not in unresolved]
     problems += checks.check(sections)
@@ -132,7 +137,7 @@ def parse(overrides: list[str]) -> list[Override]:
 def with_quickstart(overrides: list[str]) -> list[str]:
     """Return the overrides with the quickstart recipe added where neither model, data nor recipe is chosen."""
     chosen = {o.split("=", 1)[0].lstrip("+") for o in overrides}
-    named = {"model", "data", "recipe", "model.path", "data.train_path"}
+    named = {"model", "data", "recipe", "model.path", "data.train_path", "data.train"}
     return overrides if chosen & named else [*overrides, "recipe=quickstart"]
 
 

@@ -16,6 +16,8 @@ HEAD = """\
 Usage: python -m engine [group=choice …] [key=value …]        run
        python -m engine -m key=value,value … [run.dir=DIR]    run every combination
        python -m engine --cfg …                               show the recipe that would run
+       python -m engine.preview [--out FILE.html] …           see the first examples as the model will
+       python -m engine.cache list|verify|prune|build …       look after the tokenised data
        python -m engine.export --checkpoint DIR --out DIR     make a Hugging Face folder
        python -m engine.generate --model DIR [--prompt TEXT]  talk to a model
 
@@ -60,7 +62,10 @@ def _keys(section: type[BaseModel], prefix: str, defaults: dict[str, Any]) -> li
         else:
             default = defaults.get(name, "???")
             shown = "required" if default == "???" else default if isinstance(default, str) else json.dumps(default)
-            lines.append(f"  {key} = {shown}  [{_type(field.annotation)}]\n      {docs[name]}")
+            lines.append(f"  {key} = {shown}  [{_type(field.annotation)}]\n      {docs.get(name, f'As data.{name}.')}")
+            if name == "train":
+                own = {n: f.default for n, f in schema.SourceSection.model_fields.items() if not f.is_required()}
+                lines += _keys(schema.SourceSection, f"{key}[]", own)
     return lines
 
 
@@ -76,7 +81,11 @@ def _type(annotation: Any) -> str:
         return "null"
     if origin in (list, tuple):
         return f"list of {_type(get_args(annotation)[0])}"
-    return "mapping" if origin is dict else str(getattr(annotation, "__name__", annotation))
+    return (
+        "mapping"
+        if origin is dict
+        else str(getattr(annotation, "__name__", annotation)).removesuffix("Section").lower()
+    )
 
 
 def _defaults() -> dict[str, Any]:

@@ -93,25 +93,79 @@ class PackingSection(Section):
     """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length."""
 
 
-class DataSection(Section):
-    """Where conversations come from and which of their tokens are trained."""
+class SourceSection(Section):
+    """One source of a mixture; what is left out has the default (docs/data.md)."""
 
-    train_path: str = Field(min_length=1)
+    source: str | None = None
+    """Choice of the data group whose keys this source takes, before its own."""
+    name: Name
+    """Its name in metrics; left out: that of the choice or the file."""
+    path: str = Field(min_length=1)
+    """File, folder or hub id."""
+    split: str = "train"
+    """Split of a hub data set or folder; a slice such as train[:100] of anything."""
+    subset: str | None = None
+    """Configuration of a hub data set that has several."""
+    revision: str | None = None
+    """Revision of a hub id; null: the newest, noted in lock.json."""
+    weight: Positive | None = None
+    """Its share of the training samples, relative to the other sources; left out by all: each is seen once an epoch."""
+    limit: Count | None = None
+    """Rows read of it; null: all."""
+    chat_template: str | None = "model"
+    """model: model.chat_template; else as there."""
+    reader: str | None = None
+    chat_key: str | None = None
+    tool_key: str = "tools"
+    system_key: str = "system"
+    system_prompt: str | None = None
+    input_key: str | None = None
+    output_key: str | None = None
+
+
+class DataSection(Section):
+    """Where conversations come from and which of their tokens are trained (docs/data.md)."""
+
+    train_path: str | None = Field(min_length=1)
     """File, folder or hub id of the training conversations."""
     val_path: str | None
     """File, folder or hub id of the validation conversations; null: no validation."""
     train_split: str
-    """Split of a hub data set to train on."""
+    """Split of a hub data set or folder to train on; a slice such as train[:100] of anything."""
     val_split: str
-    """Split of a hub data set to validate on."""
+    """Split of a hub data set or folder to validate on; a slice such as validation[:10%] of anything."""
+    subset: str | None
+    """Configuration of a hub data set that has several."""
+    revision: str | None
+    """Revision of a hub id; null: the newest, noted in lock.json."""
+    limit: Count | None
+    """Rows read to train on, and to validate on; null: all."""
+    val_fraction: Fraction
+    """Share of the training conversations held out to validate on, by a hash of each row; 0: none."""
+    train: list[SourceSection]
+    """Several sources to train on, in place of train_path."""
+    validation: list[SourceSection]
+    """Several sources to validate on, with keys as in train and metrics of their own, in place of val_path."""
     reader: str | None
-    """messages, alpaca, or module:function of your own; null: recognised from the first row's columns."""
+    """Format of a row (docs/data.md), or module:function of your own; null: recognised from the first row's columns."""
+    chat_key: str | None
+    """Column of the messages; null: messages (conversations in sharegpt)."""
+    tool_key: str
+    """Column of the tools, where rows have it: a list, or a JSON string of one."""
+    system_key: str
+    """Column of the system prompt, where rows have it; for rows that do not open with a system turn."""
+    system_prompt: str | None
+    """System prompt of rows that have none of their own."""
+    input_key: str | None
+    """Column of the question (response)."""
+    output_key: str | None
+    """Column of the answer (response)."""
     max_length: Count
     """Longest sample in tokens; null: 4096, or what the model reads if that is less."""
     overlong: Literal["drop", "truncate", "error"]
     """What happens to a sample longer than max_length; drops and cuts are counted."""
     train_on: Literal["last_assistant", "all_assistant", "all"]
-    """Which turns carry loss; "all" trains on every token of the conversation."""
+    """Which turns carry loss; "all" trains on every token; a turn's own train and weight take precedence (docs/masks.md)."""
     shuffle: bool
     """Draw each epoch in its own order; false: the order of the file."""
     drop_last: bool
@@ -122,6 +176,8 @@ class DataSection(Section):
     """Put the end-of-sequence token after a sample that lacks it; trained where the last turn is."""
     packing: PackingSection
     """Packing of samples into micro-batches."""
+    bad_rows: Literal["error", "skip"]
+    """A row that cannot be used: stop and name the first ten, or skip it, counted and listed in the run folder."""
     cache: Literal["use", "rebuild", "off"]
     """Tokenised samples: reuse them, make them anew, or keep them in the run folder alone."""
     cache_dir: str | None

@@ -8,13 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.data.samples import trained_positions, trained_weights
 from engine.types import MicroBatch, Sample, Targets
-
-
-def trained_positions(sample: Sample) -> NDArray[np.int64]:
-    """Return the positions of the trained tokens; the first token of a document is never predicted."""
-    ranges = [np.arange(max(a, 1), b) for a, b in sample.trained.tolist()]
-    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
 
 def collate_packed(samples: Sequence[Sample]) -> MicroBatch:
@@ -79,6 +74,9 @@ def _micro_batch(
     """Build the tensors; ``starts`` is where each sample begins in the flattened ``input_ids``."""
     positions = [trained_positions(s) for s in samples]
     labels = np.concatenate([s.input_ids[p] for s, p in zip(samples, positions, strict=True)])
+    weights = None
+    if any(s.weights is not None for s in samples):
+        weights = torch.from_numpy(np.concatenate([trained_weights(s) for s in samples]).astype(np.float32))
     index = np.concatenate([start + p - 1 for start, p in zip(starts, positions, strict=True)])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
@@ -87,6 +85,6 @@ def _micro_batch(
         attention_mask=None if attention_mask is None else torch.from_numpy(attention_mask),
         index_N=torch.from_numpy(index.astype(np.int64)),
         labels_N=torch.from_numpy(labels.astype(np.int64)),
-        targets=Targets(bounds=np.cumsum([0, *map(len, positions)]).tolist()),
+        targets=Targets(bounds=np.cumsum([0, *map(len, positions)]).tolist(), weights_N=weights),
         num_tokens=sum(len(s.input_ids) for s in samples),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine import hub
-from engine.config.schema import RunConfig
-from engine.data.cache import Samples, Summary
+from engine.config.schema import RunConfig, SourceSection
+from engine.data.samples import Samples, Summary
 from engine.types import Sample
 
 NUM_SAMPLES = {"train": 1_000_000, "val": 1_024}
@@ -31,15 +32,22 @@ class DummySamples(Samples):
         self.vocabulary, self.seed = vocabulary, seed
         self.lengths = np.broadcast_to(np.int32(length), num_samples)  # one number, seen as many
         self.summary = Summary(
-            reader="dummy",
+            format="dummy",
             read=num_samples,
             used=num_samples,
+            documents=num_samples,
             tokens=num_samples * length,
             trained_tokens=num_samples * (length - 1),  # the first token of a document is never predicted
             longest=length,
         )
         parts = f"dummy {FORMAT} {num_samples} {length} {vocabulary} {seed}"
+        self.folder, self.revision = None, None
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+    @property
+    def row_hashes(self) -> NDArray[np.uint64]:
+        """A number drawn for each sample."""
+        return np.random.Philox(key=[self.seed, len(self)]).random_raw(len(self))
 
     def __getitem__(self, i: int) -> Sample:
         length = int(self.lengths[i])
@@ -49,11 +57,12 @@ class DummySamples(Samples):
         return Sample(ids, np.array([[0, length]], np.int32))
 
 
-def prepare(config: RunConfig, split: str) -> DummySamples:
-    """Return the made-up samples of ``train`` or ``val``."""
+def prepare(config: RunConfig, source: SourceSection) -> DummySamples:
+    """Return made-up samples to train on, or fewer and others to validate on."""
+    split = "val" if source.name == "validation" or source in config.data.validation else "train"
     vocabulary = len(hub.load_tokenizer(config.model))
     return DummySamples(
-        num_samples=NUM_SAMPLES[split],
+        num_samples=min(NUM_SAMPLES[split], source.limit or NUM_SAMPLES[split]),
         length=config.data.max_length,
         vocabulary=min(vocabulary, config.model.config_overrides.get("vocab_size", vocabulary)),
         seed=config.run.seed + (split == "val"),

@@ -1,4 +1,4 @@
-"""A data set and its plan together: one rank's micro-batches of any step."""
+"""Data and its plan together: one rank's micro-batches of any step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from engine.config.schema import DataSection, max_tokens_per_micro_batch
 from engine.data.batch import collate_packed, collate_padded
-from engine.data.cache import Samples
 from engine.data.plan import Assignment, Plan, assign, assign_padded, bin_costs, imbalance
+from engine.data.samples import DataSet
 from engine.errors import UserError
 from engine.types import MicroBatch
 
@@ -22,8 +22,8 @@ class Loader:
     """Micro-batches by step.
 
     Attributes:
-        samples: Tokenised samples.
-        plan: Which of them make a step.
+        data: Tokenised samples.
+        plan: Which conversations make a step.
         capacity: Most tokens in a packed micro-batch; None for padded ones.
         micro_batch_size: Samples in a padded micro-batch.
         rank: Data-parallel rank whose micro-batches these are.
@@ -32,7 +32,7 @@ class Loader:
             hidden size; see ``plan.cost``. Alike on every rank.
     """
 
-    samples: Samples
+    data: DataSet
     plan: Plan
     capacity: int | None
     micro_batch_size: int
@@ -42,32 +42,46 @@ class Loader:
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step, counted from 0: equally many on every rank, some perhaps empty."""
-        members = self.plan.members(step)
-        return [self._collate(members[group]) for group in self.assign(members)[self.rank]]
+        documents = self.documents(step)
+        return [self._collate(documents[group]) for group in self.assign(documents)[self.rank]]
 
-    def assign(self, members: NDArray[np.int64]) -> Assignment:
-        """Return the micro-batches of all ranks for some samples, as indices into ``members``."""
-        lengths = self.samples.lengths[members]
+    def documents(self, step: int) -> NDArray[np.int64]:
+        """Return the documents of a step."""
+        return self.data.documents(self.plan.members(step))
+
+    def assign(self, documents: NDArray[np.int64]) -> Assignment:
+        """Return the micro-batches of all ranks for some documents, as indices into ``documents``."""
+        lengths = self.data.lengths[documents]
         if self.capacity is None:
             return assign_padded(lengths, self.micro_batch_size, self.ranks, self.attention_length)
         return assign(lengths, capacity=self.capacity, ranks=self.ranks, attention_length=self.attention_length)
 
     def imbalance(self, step: int) -> float:
         """Return the share of a step's time that the plan loses to the slowest rank; reads lengths alone."""
-        members = self.plan.members(step)
+        documents = self.documents(step)
         padded = self.capacity is None
         return imbalance(
-            bin_costs(self.samples.lengths[members], self.assign(members), self.attention_length, padded=padded)
+            bin_costs(self.data.lengths[documents], self.assign(documents), self.attention_length, padded=padded)
         )
 
-    def _collate(self, members: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
-        samples = [self.samples[int(i)] for i in members]
+    def by_source(self, step: int) -> dict[str, float]:
+        """Return what each of several sources gives to a step: its tokens, and how often it has been gone through after it."""
+        if len(self.data.parts) == 1:
+            return {}
+        tokens, passes = self.data.tokens(self.plan.members(step)), self.plan.passes(step + 1)
+        figures: dict[str, float] = {}
+        for part, count, done in zip(self.data.parts, tokens, passes, strict=True):
+            figures |= {f"train/{part.name}/tokens": count, f"train/{part.name}/epoch": done}
+        return figures
+
+    def _collate(self, documents: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
+        samples = [self.data[int(i)] for i in documents]
         return collate_padded(samples) if self.capacity is None else collate_packed(samples)
 
 
 def train_loader(
-    samples: Samples,
-    data: DataSection,
+    data: DataSet,
+    section: DataSection,
     *,
     batch_size: int,
     micro_batch_size: int,
@@ -79,8 +93,8 @@ def train_loader(
     """Return the loader of the training data.
 
     Args:
-        samples: Tokenised samples.
-        data: The recipe's data.
+        data: Tokenised samples.
+        section: The recipe's data.
         batch_size: Conversations in a step, over all ranks.
         micro_batch_size: Samples in a padded micro-batch.
         seed: Of the order.
@@ -92,17 +106,28 @@ def train_loader(
         UserError: If the data does not fill one batch.
     """
     plan = Plan(
-        num_samples=len(samples), batch_size=batch_size, seed=seed, shuffle=data.shuffle, drop_last=data.drop_last
+        sizes=data.sizes,
+        weights=data.weights,
+        names=[part.name for part in data.parts] if len(data.parts) > 1 else [""],
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=section.shuffle,
+        drop_last=section.drop_last,
     )
+    for part, quota in zip(data.parts, plan.quotas, strict=True):
+        if not quota:
+            raise UserError(
+                f"data.train: an epoch has no place for a conversation of {part.name} (weight {part.weight}); raise its weight."
+            )
     if not plan.steps_per_epoch:
         raise UserError(
-            f"train.global_batch_size={batch_size} is more than the {len(samples)} samples of {data.train_path}: "
-            f"lower it to {len(samples)}, or set data.drop_last=false."
+            f"train.global_batch_size={batch_size} is more than the {sum(plan.quotas)} conversations of an epoch: "
+            f"lower it to {sum(plan.quotas)}, or set data.drop_last=false."
         )
     return Loader(
-        samples=samples,
+        data=data,
         plan=plan,
-        capacity=_capacity(data),
+        capacity=_capacity(section),
         micro_batch_size=micro_batch_size,
         rank=rank,
         ranks=ranks,
@@ -111,8 +136,8 @@ def train_loader(
 
 
 def val_loader(
-    samples: Samples,
-    data: DataSection,
+    data: DataSet,
+    section: DataSection,
     *,
     batch_size: int,
     micro_batch_size: int,
@@ -121,11 +146,11 @@ def val_loader(
     attention_length: float = math.inf,
 ) -> Loader:
     """Return the loader of the validation data: in the file's order, nothing left out, however few for the ranks."""
-    plan = Plan(num_samples=len(samples), batch_size=batch_size, shuffle=False, drop_last=False)
+    plan = Plan(sizes=[sum(data.sizes)], batch_size=batch_size, shuffle=False, drop_last=False)
     return Loader(
-        samples=samples,
+        data=data,
         plan=plan,
-        capacity=_capacity(data),
+        capacity=_capacity(section),
         micro_batch_size=micro_batch_size,
         rank=rank,
         ranks=ranks,
@@ -133,5 +158,5 @@ def val_loader(
     )
 
 
-def _capacity(data: DataSection) -> int | None:
-    return max_tokens_per_micro_batch(data) if data.packing.enabled else None
+def _capacity(section: DataSection) -> int | None:
+    return max_tokens_per_micro_batch(section) if section.packing.enabled else None

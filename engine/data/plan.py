@@ -14,7 +14,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from fractions import Fraction
+from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,40 +30,103 @@ Assignment = list[list[list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Order of the samples over the whole run.
+    """Order of the conversations over the whole run.
+
+    Sources are drawn side by side: the m-th conversation of a source of weight w, counted from 0, has its turn at time
+    (2m + 1) / 2w, ties in the sources' order. However a run is cut into steps, each source has so had its share to within
+    one conversation or so. An epoch ends with the last conversation of the source of the largest weight; without weights
+    that is when every source has been seen once. Each source goes on where the epoch before has left it.
 
     Attributes:
-        num_samples: Size of the data set, in conversations.
+        sizes: Conversations of each source; they are numbered through.
         batch_size: Conversations in a step.
         seed: ``run.seed``.
-        shuffle: Draw each epoch in an order of its own.
+        shuffle: Draw each pass over a source in an order of its own.
         drop_last: Leave out the partial batch at the end of an epoch.
+        weights: Share of each source in the samples, in any unit; None: as their sizes.
+        names: Of the sources; the order of one depends on no other.
     """
 
-    num_samples: int
+    sizes: Sequence[int]
     batch_size: int
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = True
+    weights: Sequence[float] | None = None
+    names: Sequence[str] = ("",)
+
+    @cached_property
+    def _shares(self) -> list[int]:
+        """The weights as whole numbers."""
+        exact = [Fraction(str(w)) for w in (self.sizes if self.weights is None else self.weights)]
+        unit = math.lcm(*(w.denominator for w in exact))
+        return [int(w * unit) for w in exact]
+
+    @cached_property
+    def quotas(self) -> list[int]:
+        """Conversations of each source in an epoch."""
+        shares = self._shares
+        largest = max(range(len(shares)), key=lambda i: (shares[i], self.sizes[i], i))
+        end = Fraction(2 * self.sizes[largest] - 1, 2 * shares[largest])
+        quotas = []
+        for i, share in enumerate(shares):
+            before = end * share + Fraction(1, 2)
+            quotas.append(math.floor(before) - (before.denominator == 1 and i > largest))
+        return quotas
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of steps in one pass over the data."""
-        whole, rest = divmod(self.num_samples, self.batch_size)
+        """Number of steps in one epoch."""
+        whole, rest = divmod(sum(self.quotas), self.batch_size)
         return whole + bool(rest and not self.drop_last)
 
     def members(self, step: int) -> NDArray[np.int64]:
-        """Return the indices of the samples of a step.
+        """Return the indices of the conversations of a step, source by source.
 
         Args:
             step: Number of steps before it, from 0.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.batch_size
-        positions = np.arange(start, min(start + self.batch_size, self.num_samples), dtype=np.uint64)
-        if not self.shuffle:
-            return positions.astype(np.int64)
-        return permute(positions, self.num_samples, f"{self.seed}/{epoch}")
+        first, last = self._drawn(start), self._drawn(min(start + self.batch_size, sum(self.quotas)))
+        found, offset = [], 0
+        for i, size in enumerate(self.sizes):
+            seen = epoch * self.quotas[i]
+            found.append(offset + self._stream(i, seen + first[i], seen + last[i]))
+            offset += size
+        return np.concatenate(found)
+
+    def passes(self, step: int) -> list[float]:
+        """Return how often each source has been gone through before a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        drawn = self._drawn(within * self.batch_size)
+        return [(epoch * q + d) / size for q, d, size in zip(self.quotas, drawn, self.sizes, strict=True)]
+
+    def _drawn(self, count: int) -> list[int]:
+        """Return how many of the first ``count`` conversations of an epoch come from each source."""
+        shares, total, n = self._shares, sum(self._shares), len(self.sizes)
+        # Rounding moves the sum at any time by n/2 at most, so each source has had at least this; a few turns are left.
+        drawn = [max(0, ((2 * count - n) * share - total) // (2 * total)) for share in shares]
+        turns = [(Fraction(2 * m + 1, 2 * share), i) for i, (m, share) in enumerate(zip(drawn, shares, strict=True))]
+        heapify(turns)
+        for _ in range(count - sum(drawn)):
+            time, i = turns[0]
+            drawn[i] += 1
+            heapreplace(turns, (time + Fraction(1, shares[i]), i))
+        return drawn
+
+    def _stream(self, source: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the conversations of a source from ``start`` to ``stop``, counted over the whole run."""
+        size, name = self.sizes[source], self.names[source]
+        found = []
+        while start < stop:
+            lap, within = divmod(start, size)
+            count = min(stop - start, size - within)
+            positions = np.arange(within, within + count, dtype=np.uint64)
+            key = f"{self.seed}/{name}/{lap}" if name else f"{self.seed}/{lap}"
+            found.append(permute(positions, size, key) if self.shuffle else positions.astype(np.int64))
+            start += count
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.int64]:

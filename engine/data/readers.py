@@ -1,91 +1,347 @@
-"""From a row of some data set to a conversation in the OpenAI chat format.
+"""From a row of some data set to a conversation in the OpenAI chat format, or to tokens.
 
-A reader is a function from a row (a dict) to a list of messages; it raises RowError, saying what it expected, on any other row.
+A reader is a function from a row (a dict) to a list of messages, to ``{"messages": …, "tools": …}`` or to
+``{"input_ids": …, "labels": …}``; it raises RowError, saying what it expected, on a row it cannot use, and Dropped on one
+that is of no use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine import plugins
+from engine.config.schema import SourceSection
+from engine.data import oasst
+from engine.data.conversation import Conversation, Dropped, Message, Row, RowError, Tokens, as_written, load, normal
 from engine.errors import UserError
 
-Message = dict[str, Any]
-Reader = Callable[[Mapping[str, Any]], list[Message]]
+Made = list[Message] | Mapping[str, Any] | Tokens
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+UNTRAINED = -100
+"""Label of a token without loss."""
+MASKS = ("loss_mask", "completion_mask", "assistant_masks", "mask")
+PAIRS = (
+    ("input", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("instruction", "response"),
+)
+"""Columns of a question and its answer, the first that a row has."""
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
+}
+"""Roles of ShareGPT's ``from``."""
 
 
-class RowError(Exception):
-    """A row that cannot be used; the message says which field and what was expected."""
+@dataclass(frozen=True)
+class ReaderSpec:
+    """How rows of one format are read.
+
+    Attributes:
+        read: From a row to what a reader returns.
+        gather: A stage before it over all rows, for formats whose rows are no conversations by themselves.
+        own: Whether it is the user's own, which may raise anything.
+    """
+
+    read: Callable[[Mapping[str, Any], SourceSection], Made]
+    gather: Callable[[Iterator[Row]], Iterator[Row]] | None = None
+    own: bool = False
 
 
-def messages(row: Mapping[str, Any]) -> list[Message]:
+def messages(row: Mapping[str, Any], source: SourceSection, *, key: str = "messages") -> list[Message]:
     """Read ``{"messages": [{"role": …, "content": …}, …]}``."""
-    turns = row.get("messages")
-    if not isinstance(turns, list):
-        raise RowError(f"no list 'messages' (the columns are {', '.join(map(repr, row)) or 'none'})")
+    return _turns(row, source.chat_key or key)
+
+
+def response(
+    row: Mapping[str, Any], source: SourceSection, *, keys: tuple[str, str] = ("input", "output")
+) -> list[Message]:
+    """Read a question and its answer, each a string or a list of messages."""
+    asked, answered = (source.input_key or keys[0], source.output_key or keys[1])
+    question, answer = row.get(asked), row.get(answered)
+    if answer is None or answer == []:
+        raise Dropped(f"no {answered!r}")
+    turns: list[Message] = []
+    for column, value, role in ((asked, question, "user"), (answered, answer, "assistant")):
+        if isinstance(value, str):
+            turns.append({"role": role, "content": value})
+        elif isinstance(value, list):
+            turns += value
+        else:
+            raise RowError(f"field {column!r} must be a string or a list of messages, got {value!r:.80}")
     return turns
 
 
-def alpaca(row: Mapping[str, Any]) -> list[Message]:
+def alpaca(
+    row: Mapping[str, Any], source: SourceSection, *, keys: tuple[str, str, str] = ("instruction", "input", "output")
+) -> list[Message]:
     """Read ``{"instruction": …, "input": …, "output": …}``; a non-empty input follows the instruction on its own line."""
-    for field in ("instruction", "output"):
+    asked, given, answered = keys
+    for field in (asked, answered):
         if not isinstance(row.get(field), str):
             raise RowError(f"field {field!r} must be a string, got {row.get(field)!r:.80}")
-    if not isinstance(row.get("input") or "", str):
-        raise RowError(f"field 'input' must be a string, got {row['input']!r:.80}")
-    question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+    if not isinstance(row.get(given) or "", str):
+        raise RowError(f"field {given!r} must be a string, got {row[given]!r:.80}")
+    question = row[asked] + (f"\n{row[given]}" if row.get(given) else "")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
 
 
-READERS: dict[str, Reader] = {"messages": messages, "alpaca": alpaca}
-COLUMNS = {"messages": {"messages"}, "alpaca": {"instruction", "output"}}
+def sharegpt(row: Mapping[str, Any], source: SourceSection, *, key: str = "conversations") -> list[Message]:
+    """Read ``{"conversations": [{"from": …, "value": …}, …]}``, with turns that call functions and observe their results."""
+    key = source.chat_key or key
+    turns = []
+    for i, turn in enumerate(_turns(row, key)):
+        if not isinstance(turn, dict) or "from" not in turn:
+            raise RowError(f"{key}[{i}] must be an object with 'from' and 'value', got {turn!r:.80}")
+        speaker, value = turn["from"], turn.get("value")
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise RowError(f"{key}[{i}].from is {speaker!r}; known are {', '.join(SPEAKERS)}")
+        made: Message = {"role": SPEAKERS[speaker], "content": value}
+        if speaker == "function_call":
+            calls = as_written(value, f"{key}[{i}].value") if isinstance(value, str) else value
+            if not calls:
+                raise RowError(f"{key}[{i}].value must be a function call or a list of them, got {value!r:.80}")
+            made |= {"content": "", "tool_calls": [calls] if isinstance(calls, dict) else calls}
+        elif not isinstance(value, str):
+            raise RowError(f"{key}[{i}].value must be a string, got {value!r:.80}")
+        turns.append({**made, **{k: turn[k] for k in ("train", "weight") if k in turn}})
+    return turns
 
 
-def find(name: str | None, first_row: Mapping[str, Any], where: str) -> tuple[str, Reader]:
+def squad(row: Mapping[str, Any], source: SourceSection) -> list[Message]:
+    """Read ``{"context": …, "question": …, "answers": {"text": […]}}``; the first answer counts."""
+    answers = row.get("answers")
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    if not isinstance(texts, list):
+        raise RowError(f"field 'answers' must be an object with a list 'text', got {answers!r:.80}")
+    if not texts:
+        raise Dropped("no answer")
+    answer = texts[0].get("text") if isinstance(texts[0], dict) else texts[0]
+    for field, value in (("context", row.get("context")), ("question", row.get("question")), ("answers", answer)):
+        if not isinstance(value, str):
+            raise RowError(f"field {field!r} must hold a string, got {value!r:.80}")
+    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": answer}]
+    return [{"role": "system", "content": row["context"]}, *turns] if row["context"] else turns
+
+
+def open_assistant(row: Mapping[str, Any], source: SourceSection) -> list[Message]:
+    """Read a row that ``oasst.gather`` made."""
+    if oasst.DROPPED in row:
+        raise Dropped(row[oasst.DROPPED])
+    return _turns(row, "messages")
+
+
+def pretokenized(row: Mapping[str, Any], source: SourceSection | None = None) -> Tokens:
+    """Read ``{"input_ids": […]}`` with labels or a mask, or neither: then every token is trained."""
+    ids = row.get("input_ids")
+    if not isinstance(ids, list) or not ids:
+        raise RowError(f"field 'input_ids' must be a list of token ids, got {ids!r:.80}")
+    wrong = next((i for i, token in enumerate(ids) if type(token) is not int or not 0 <= token < 2**31), None)
+    if wrong is not None:
+        raise RowError(f"input_ids[{wrong}] must be a whole number of at least 0, got {ids[wrong]!r:.80}")
+    if isinstance(row.get("attention_mask"), list) and 0 in row["attention_mask"]:
+        raise RowError("'attention_mask' has zeros: leave out the padding, since samples are packed without")
+    name = next((name for name in ("labels", *MASKS) if row.get(name) is not None), None)
+    if name is None:
+        return Tokens(ids, [True] * len(ids))
+    marks = row[name]
+    if not isinstance(marks, list) or len(marks) != len(ids):
+        got = f"{len(marks)} entries" if isinstance(marks, list) else f"{marks!r:.80}"
+        raise RowError(f"field {name!r} must be a list as long as 'input_ids' ({len(ids)}), got {got}")
+    if name == "labels":
+        for i, (label, token) in enumerate(zip(marks, ids, strict=True)):
+            if label not in (UNTRAINED, token):
+                raise RowError(
+                    f"labels[{i}] must be {UNTRAINED} or input_ids[{i}], which is {token}, got {label!r:.80} (unshifted)"
+                )
+        return Tokens(ids, [label != UNTRAINED for label in marks])
+    for i, mark in enumerate(marks):
+        if mark not in (0, 1):
+            raise RowError(f"{name}[{i}] must be 0 or 1, got {mark!r:.80}")
+    return Tokens(ids, [bool(mark) for mark in marks])
+
+
+DOLLY = ("instruction", "context", "response")
+"""Databricks' names for Alpaca's columns."""
+READERS: dict[str, ReaderSpec] = {
+    "messages": ReaderSpec(messages),
+    "response": ReaderSpec(response),
+    "alpaca": ReaderSpec(alpaca),
+    "dolly": ReaderSpec(partial(alpaca, keys=DOLLY)),
+    "sharegpt": ReaderSpec(sharegpt),
+    "pretokenized": ReaderSpec(pretokenized),
+    "open_assistant": ReaderSpec(open_assistant, gather=oasst.gather),
+    "squad": ReaderSpec(squad),
+}
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "pretokenized": ("input_ids",),
+    "open_assistant": oasst.COLUMNS,
+    "squad": ("context", "question", "answers"),
+    "alpaca": ("instruction", "output"),
+    "dolly": DOLLY,
+}
+"""Columns that tell a format; a list of messages tells its own before, a question and its answer after them."""
+
+
+def find(source: SourceSection, first_row: Mapping[str, Any], where: str) -> tuple[str, ReaderSpec]:
     """Return the reader that ``data.reader`` names, or the one whose columns the first row has.
+
+    Args:
+        source: The source.
+        first_row: A row of it.
+        where: What to call it.
+
+    Returns:
+        Its name, with the columns where they were guessed ("response: question → answer"), and how it reads.
 
     Raises:
         UserError: If no reader has that name or fits those columns.
     """
-    if name is None:
-        name = next((n for n, columns in COLUMNS.items() if columns <= set(first_row)), None)
-        if name is None:
-            columns = ", ".join(map(repr, first_row)) or "none"
+    if source.reader is None:
+        return _recognised(source, first_row, where)
+    if source.reader == "response" and not (source.input_key and source.output_key):
+        found = _pair(source, first_row)
+        if found is None:
             raise UserError(
-                f"{where}: no known format has these columns ({columns}); a row holds 'messages', or 'instruction' and "
-                f"'output', or set data.reader=module:function."
+                f"{where}: no columns of a question and its answer are known among these ({_columns(first_row)}); set "
+                "data.input_key and data.output_key."
             )
-    if name in READERS:
-        return name, READERS[name]
-    if ":" not in name:
-        raise UserError(f"data.reader={name}: no such reader; choose {', '.join(READERS)} or module:function.")
-    return name, plugins.load(name, "data.reader")
+        return found
+    if source.reader in ("messages", "sharegpt") and source.chat_key is None:
+        name, key = _chat(source, first_row) or ("", "")
+        if name == source.reader:
+            return _keyed(name, key)
+    if source.reader in READERS:
+        return source.reader, READERS[source.reader]
+    if ":" not in source.reader:
+        raise UserError(f"data.reader={source.reader}: no such reader; choose {', '.join(READERS)} or module:function.")
+    return source.reader, ReaderSpec(partial(_call, plugins.load(source.reader, "data.reader")), own=True)
 
 
-def check_messages(turns: list[Message], train_on: str) -> None:
-    """Check the shape of a conversation.
+def convert(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> Conversation | Tokens:
+    """Read a row: the conversation in normal form, with the system prompt it lacks, or its tokens.
 
     Raises:
-        RowError: Naming the turn and what was expected.
+        RowError: If the row cannot be used.
+        Dropped: If it is of no use.
     """
-    if not turns:
-        raise RowError("'messages' is empty")
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or "role" not in turn:
-            raise RowError(f"messages[{i}] must be an object with 'role' and 'content', got {turn!r:.80}")
-        if turn["role"] not in ROLES:
-            raise RowError(f"messages[{i}].role is {turn['role']!r}; known roles are {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
-            raise RowError(f"messages[{i}].content must be a string, got {turn.get('content')!r:.80}")
-        try:
-            turn["content"].encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                f"messages[{i}].content holds half a surrogate pair (a \\ud83d, say, without its other half), which no text has"
-            ) from error
-    if train_on != "all" and not any(turn["role"] == "assistant" for turn in turns):
-        raise RowError("no assistant turn, so nothing to train; set data.train_on=all to train on every token")
+    made = _own(spec, row, source) if spec.own else spec.read(row, source)
+    if isinstance(made, Tokens):
+        return made
+    if isinstance(made, list):
+        turns, tools = made, None if spec.own else row.get(source.tool_key)
+    elif isinstance(made, Mapping) and "input_ids" in made:
+        return pretokenized(made)
+    elif isinstance(made, Mapping) and "messages" in made:
+        turns, tools = made["messages"], made.get("tools")
+    else:
+        raise RowError(
+            f"data.reader must return a list of messages, {{'messages', 'tools'}} or {{'input_ids', 'labels'}}, got {made!r:.80}"
+        )
+    if isinstance(turns, list) and turns and not _opens_with_system(turns):
+        own_prompt = row.get(source.system_key)
+        prompt = own_prompt if isinstance(own_prompt, str) and own_prompt else source.system_prompt
+        if prompt:
+            turns = [{"role": "system", "content": prompt}, *turns]
+    try:
+        return normal(turns, tools)
+    except RecursionError as error:
+        raise RowError("its tools or tool calls are nested too deeply to be read; flatten them") from error
+
+
+def _call(function: Callable[[Mapping[str, Any]], Made], row: Mapping[str, Any], source: SourceSection) -> Made:
+    return function(row)
+
+
+def _own(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> Any:
+    try:
+        return spec.read(row, source)
+    except (RowError, Dropped):
+        raise
+    except Exception as error:  # a reader of the user's own may raise anything
+        raise RowError(
+            f"data.reader failed on this row ({error!r}); it raises RowError on rows it cannot use"
+        ) from error
+
+
+def _opens_with_system(turns: list[Any]) -> bool:
+    return isinstance(turns[0], dict) and turns[0].get("role") in ("system", "developer")
+
+
+def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
+    """Return a column that holds a list, or a JSON string of one."""
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = load(value, key)
+    if not isinstance(value, list):
+        raise RowError(f"no list {key!r} (the columns are {_columns(row)})")
+    if not value:
+        raise RowError(f"{key!r} is empty")
+    return value
+
+
+def _columns(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _recognised(source: SourceSection, row: Mapping[str, Any], where: str) -> tuple[str, ReaderSpec]:
+    chat = _chat(source, row) if not (source.input_key or source.output_key) else None
+    if chat is not None:
+        return _keyed(*chat)
+    if source.chat_key is None:
+        if not (source.input_key or source.output_key):
+            for name, columns in COLUMNS.items():
+                if set(columns) <= set(row):
+                    return name, READERS[name]
+        found = _pair(source, row)
+        if found is not None:
+            return found
+    pairs = ", ".join(" and ".join(map(repr, pair)) for pair in PAIRS)
+    raise UserError(
+        f"{where}: no known format has these columns ({_columns(row)}); a row holds 'messages', 'conversations', 'input_ids', "
+        f"'instruction' and 'output', {pairs}, or set data.reader ({', '.join(READERS)}, or module:function of your own) and its "
+        "keys."
+    )
+
+
+def _chat(source: SourceSection, row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return format and column of a row's messages, or None if it has none that tell."""
+    for key in (source.chat_key,) if source.chat_key else ("messages", "conversations"):
+        turns = row.get(key)
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            try:
+                turns = json.loads(turns)
+            except (ValueError, RecursionError):  # no list of messages, then
+                continue
+        if not isinstance(turns, list):
+            continue
+        first = turns[0] if turns and isinstance(turns[0], dict) else {}
+        if "from" in first:
+            return "sharegpt", key
+        if "role" in first or key == "messages":
+            return "messages", key
+    return None
+
+
+def _keyed(name: str, key: str) -> tuple[str, ReaderSpec]:
+    read = partial(messages, key=key) if name == "messages" else partial(sharegpt, key=key)
+    usual = {"messages": "messages", "sharegpt": "conversations"}[name]
+    return name if key == usual else f"{name}: {key}", ReaderSpec(read)
+
+
+def _pair(source: SourceSection, row: Mapping[str, Any]) -> tuple[str, ReaderSpec] | None:
+    """Return the response format with the first columns that fit, or None."""
+    for pair in PAIRS:
+        keys = source.input_key or pair[0], source.output_key or pair[1]
+        if set(keys) <= set(row):
+            return f"response: {keys[0]} → {keys[1]}", ReaderSpec(partial(response, keys=keys))
+    return None

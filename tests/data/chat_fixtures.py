@@ -22,6 +22,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from engine.data.conversation import Conversation
+from engine.data.encode import TokenMask
+from engine.data.template import Span, Template
+
 SPECIAL = (
     "<|begin_of_text|>",
     "<|im_start|>",
@@ -101,6 +105,70 @@ PLAIN = (
     "{%- else -%}{{- 'Answer: ' + m.content | trim + '\n' -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Answer: ' -}}{%- endif -%}"
+)
+QWEN_TOOLS = (
+    "{%- set ns = namespace(query=-1) -%}"
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.query = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- if tools -%}"
+    "{{- '<|im_start|>system\n' -}}"
+    "{%- if messages[0].role == 'system' -%}{{- messages[0].content + '\n\n' -}}{%- endif -%}"
+    "{{- '# Tools' -}}{%- for tool in tools -%}{{- '\n' + tool | tojson -}}{%- endfor -%}{{- '<|im_end|>\n' -}}"
+    "{%- elif messages[0].role == 'system' -%}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' -}}"
+    "{%- endif -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' -}}"
+    "{%- elif m.role == 'assistant' -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- set reasoning = m.reasoning_content | default('') -%}"
+    "{%- if loop.index0 > ns.query and (loop.last or reasoning) -%}"
+    "{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' -}}"
+    "{%- endif -%}"
+    "{{- m.content -}}"
+    "{%- for call in m.tool_calls -%}"
+    "{%- if m.content or not loop.first -%}{{- '\n' -}}{%- endif -%}"
+    '{{- \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' -}}'
+    "{%- if call.function.arguments is string -%}{{- call.function.arguments -}}"
+    "{%- else -%}{{- call.function.arguments | tojson -}}{%- endif -%}"
+    "{{- '}\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|im_end|>\n' -}}"
+    "{%- elif m.role == 'tool' -%}"
+    "{%- if messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}"
+    "{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' -}}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+)
+# As Llama 3.1's: one call a turn, which is closed by another token than an answer (</s> here).
+LLAMA_TOOLS = (
+    "{{- '<|begin_of_text|>' -}}"
+    "{%- if tools -%}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' -}}"
+    "{%- for tool in tools -%}{{- tool | tojson(indent=4) + '\n\n' -}}{%- endfor -%}{{- '<|eot_id|>' -}}"
+    "{%- endif -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' -%}"
+    "{{- '<|start_header_id|>ipython<|end_header_id|>\n\n' + m.content | tojson + '<|eot_id|>' -}}"
+    "{%- elif m.tool_calls -%}"
+    "{%- if m.tool_calls | length != 1 -%}{{- raise_exception('one call at a time') -}}{%- endif -%}"
+    "{%- set call = m.tool_calls[0].function -%}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}"
+    "{{- '{\"name\": \"' + call.name + '\", \"parameters\": ' -}}{{- call.arguments | tojson -}}{{- '}</s>' -}}"
+    "{%- else -%}"
+    "{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"
+)
+QWEN_TOOLS_GENERATION = QWEN_TOOLS.replace(
+    "{{- '<|im_start|>assistant\n' -}}{%- set", "{{- '<|im_start|>assistant\n' -}}{%- generation -%}{%- set"
+).replace(
+    "{{- '<|im_end|>\n' -}}{%- elif m.role == 'tool' -%}",
+    "{{- '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}{%- elif m.role == 'tool' -%}",
 )
 TEMPLATES: dict[str, str] = {
     "chatml_generation": CHATML_GENERATION,
@@ -188,6 +256,22 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
+def unigram() -> PreTrainedTokenizerFast:
+    """Make a Unigram tokenizer as SentencePiece's: spaces as ``▁``, one put in front, unknown characters as bytes."""
+    tokenizer = Tokenizer(models.Unigram())
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = spaces
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    vocab = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    vocab += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = spaces
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    return _wrap(tokenizer)
+
+
 def metaspace() -> PreTrainedTokenizerFast:
     """Make a Unigram tokenizer as T5's: words behind ``▁``, unknown characters as one token that says nothing."""
     tokenizer = Tokenizer(models.Unigram())
@@ -217,6 +301,7 @@ MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
         byte_bpe_unsplit,
         byte_bpe_nfc,
         sentencepiece,
+        unigram,
         metaspace,
         wordpiece,
     )
@@ -252,7 +337,20 @@ def holders(name: str, text: str) -> list[Held]:
     ids = tokens_of(name, text)
     if name.startswith("byte"):
         return _held_bytes(name, text, ids)
-    return _held_pieces(name, text, ids) if name == "sentencepiece" else _held_offsets(name, text, ids)
+    return _held_pieces(name, text, ids) if name in ("sentencepiece", "unigram") else _held_offsets(name, text, ids)
+
+
+def spans_of(made: Template, messages: list[dict[str, Any]], train_on: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the engine's rendering of a conversation without tools, and its spans, which weigh one."""
+    text, spans = made.trained_spans(Conversation(messages), train_on)
+    assert all(weight == 1.0 for _, _, weight in spans)
+    return text, [(a, b) for a, b, _ in spans]
+
+
+def mask_of(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
+    """Return the engine's tokens of a text, and which of them are trained."""
+    tokens = TokenMask(tokenizer).encode(text, [Span(*span) for span in spans])
+    return tokens.ids, tokens.weights > 0
 
 
 def check_mask(name: str, text: str, spans: Sequence[tuple[int, int]], ids: Any, mask: Any) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from engine.config.compose import compose
-from engine.data import cache
-from engine.data.cache import Samples
+from engine.data.assemble import assemble
 from engine.data.dummy import DummySamples
 from engine.data.loader import train_loader
+from engine.data.samples import DataSet, Samples
 from engine.errors import UserError
 
 
@@ -20,7 +20,8 @@ def prepared(tmp_path: Path, *overrides: str, split: str = "train") -> tuple[Sam
     said: list[str] = []
     folders = [f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache"]
     config = compose(["model=tiny", "data=dummy", *folders, *overrides]).config
-    return cache.prepare(config, split, tmp_path / "run", said.append), said
+    data = assemble(config, tmp_path / "run", said.append)
+    return data.sources[split], said
 
 
 def dummy(seed: int = 0, length: int = 64, vocabulary: int = 100) -> DummySamples:
@@ -52,10 +53,10 @@ def test_every_sample_is_full_and_trained(tmp_path: Path) -> None:
 
 def test_validation_is_short_and_another_draw(tmp_path: Path) -> None:
     overrides = ["data.max_length=96", "data.val_path=builtin:dummy"]
-    val, said = prepared(tmp_path, *overrides, split="val")
+    val, said = prepared(tmp_path, *overrides, split="validation")
     train, _ = prepared(tmp_path, *overrides)
     assert len(val) == 1024 and val.lengths.tolist() == [96] * 1024
-    assert said[0].startswith("validation data: 1,024 of 1,024 rows used; ")
+    assert said[1].startswith("validation data: 1,024 of 1,024 rows used; ")
     assert not np.array_equal(val[0].input_ids, train[0].input_ids)
 
 
@@ -108,7 +109,8 @@ def test_a_step_is_of_full_micro_batches(tmp_path: Path) -> None:
     samples, _ = prepared(tmp_path, "data.max_length=128")
     config = compose(["model=tiny", "data=dummy", "data.max_length=128", "data.packing.max_tokens=256"]).config
     loaders = [
-        train_loader(samples, config.data, batch_size=8, micro_batch_size=1, seed=0, rank=r, ranks=2) for r in (0, 1)
+        train_loader(DataSet.of(samples), config.data, batch_size=8, micro_batch_size=1, seed=0, rank=r, ranks=2)
+        for r in (0, 1)
     ]
     batches = [b for loader in loaders for b in loader.step(5)]
     assert [b.input_ids.numel() for b in batches] == [256] * 4

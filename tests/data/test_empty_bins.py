@@ -12,9 +12,10 @@ import torch
 from engine.backends.torch_backend import TorchBackend
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
-from engine.data import cache
+from engine.data.assemble import assemble
 from engine.data.batch import empty_micro_batch
 from engine.data.loader import Loader, train_loader, val_loader
+from engine.data.samples import DataSet
 from engine.objectives.sft import SFT
 from engine.ranks import Ranks
 from engine.types import MicroBatch
@@ -32,7 +33,7 @@ def config_of(base: list[str], tmp_path: Path, *more: str) -> RunConfig:
 
 def loader_of(config: RunConfig, tmp_path: Path, *, ranks: int = 1) -> Loader:
     return train_loader(
-        cache.prepare(config, "train", tmp_path, lambda text: None),
+        assemble(config, tmp_path, lambda text: None).train,
         config.data,
         batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -110,7 +111,7 @@ def test_ranks_together_are_one_rank(base: list[str], tmp_path: Path, layout: st
 def test_validation_of_fewer_samples_than_ranks(base: list[str], tmp_path: Path, layout: str) -> None:
     """The last batch holds 40 - 36 = 4 samples for 6 ranks."""
     config = config_of(base, tmp_path, *LAYOUTS[layout])
-    samples = cache.prepare(config, "train", tmp_path, lambda text: None)
+    samples = assemble(config, tmp_path, lambda text: None).train
     loader = val_loader(samples, config.data, batch_size=12, micro_batch_size=2, attention_length=384.0)
     assert loader.plan.steps_per_epoch == 4
     steps = of_ranks(loader, 6, step=3)
@@ -123,18 +124,18 @@ def test_validation_of_fewer_samples_than_ranks(base: list[str], tmp_path: Path,
 
 def test_a_rank_reads_its_own_samples_alone(base: list[str], tmp_path: Path) -> None:
     class Noting:
-        def __init__(self, samples: cache.Samples) -> None:
-            self.samples, self.lengths, self.read = samples, samples.lengths, list[int]()
+        def __init__(self, data: DataSet) -> None:
+            self.data, self.lengths, self.documents, self.read = data, data.lengths, data.documents, list[int]()
 
         def __getitem__(self, i: int) -> object:
             self.read.append(i)
-            return self.samples[i]
+            return self.data[i]
 
     loader = loader_of(config_of(base, tmp_path), tmp_path)
     everyone: list[int] = []
     for rank in range(4):
-        noting = Noting(loader.samples)
-        own = replace(loader, samples=noting, rank=rank, ranks=4)  # type: ignore[arg-type]
+        noting = Noting(loader.data)
+        own = replace(loader, data=noting, rank=rank, ranks=4)  # type: ignore[arg-type]
         assert own.imbalance(0) == replace(loader, ranks=4).imbalance(0) < 0.5
         assert noting.read == []
         own.step(0)

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from chat_fixtures import CHATML, MAKERS, TEMPLATES, check_mask, holders, tokenizer_named
+from chat_fixtures import CHATML, MAKERS, TEMPLATES, check_mask, holders, mask_of, spans_of, tokenizer_named
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.readers import RowError
-from engine.data.template import Template, TokenMask
+from engine.data.conversation import RowError
+from engine.data.template import Template
 
 Messages = list[dict[str, Any]]
 
@@ -282,9 +282,9 @@ def test_trained_text(template: str, name: str, train_on: str) -> None:
     made = Template(tokenizer_named("byte_plain"), TEMPLATES[template])
     if isinstance(expected, str):
         with pytest.raises(RowError, match=re.escape(expected)):
-            made.trained_spans(CONVERSATIONS[name], train_on)
+            spans_of(made, CONVERSATIONS[name], train_on)
         return
-    text, spans = made.trained_spans(CONVERSATIONS[name], train_on)
+    text, spans = spans_of(made, CONVERSATIONS[name], train_on)
     assert text == expected[0]
     assert spans == expected[1]
 
@@ -298,7 +298,7 @@ def test_trained_tokens_spell_the_trained_text(template: str, name: str, train_o
         pytest.skip("refused: see test_trained_text")
     text, spans = expected
     tokenizer = tokenizer_named("byte_plain")
-    ids, mask = TokenMask(tokenizer).encode(text, spans)
+    ids, mask = mask_of(tokenizer, text, spans)
     decode = lambda chosen: tokenizer.decode(chosen.tolist(), skip_special_tokens=False)  # noqa: E731
     assert decode(ids[mask]) == "".join(text[a:b] for a, b in spans)
     edges = [0, *(edge for span in spans for edge in span), len(text)]
@@ -313,14 +313,14 @@ def test_trained_tokens_hold_the_trained_text(template: str, name: str, tokenize
     if isinstance(expected, str):
         pytest.skip("refused: see test_trained_text")
     text, spans = expected
-    check_mask(tokenizer, text, spans, *TokenMask(tokenizer_named(tokenizer)).encode(text, spans))
+    check_mask(tokenizer, text, spans, *mask_of(tokenizer_named(tokenizer), text, spans))
 
 
 def test_the_oracle_tells_wrong_masks() -> None:
     """The check used above must fail on a mask that is off by a token on either side."""
     text, spans = "<|im_start|>assistant\nYes, the answer.<|im_end|>\n", [(22, 48)]
     for name in MAKERS:
-        ids, mask = TokenMask(tokenizer_named(name)).encode(text, spans)
+        ids, mask = mask_of(tokenizer_named(name), text, spans)
         first, last = mask.nonzero()[0][[0, -1]]
         assert len(holders(name, text)) == len(ids)
         for i in (first - 1, first, last, last + 1):
@@ -361,7 +361,7 @@ def test_a_token_over_an_edge_is_trained_if_it_holds_a_trained_character(
     spans: list[tuple[int, int]], trained: list[str]
 ) -> None:
     tokenizer = tiny_bpe()
-    ids, mask = TokenMask(tokenizer).encode("xabcde", spans)
+    ids, mask = mask_of(tokenizer, "xabcde", spans)
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["x", "abc", "de"]
     assert tokenizer.convert_ids_to_tokens(ids[mask].tolist()) == trained
 
@@ -369,15 +369,15 @@ def test_a_token_over_an_edge_is_trained_if_it_holds_a_trained_character(
 def test_concatenated_contents_share_a_token() -> None:
     """Without a template, user "xab" and assistant "cde" meet inside the token abc, which is trained."""
     tokenizer = tiny_bpe()
-    text, spans = Template(tokenizer, None).trained_spans([user("xab"), assistant("cde")], "all_assistant")
+    text, spans = spans_of(Template(tokenizer, None), [user("xab"), assistant("cde")], "all_assistant")
     assert (text, spans) == ("xabcde", [(3, 6)])
-    ids, mask = TokenMask(tokenizer).encode(text, spans)
+    ids, mask = mask_of(tokenizer, text, spans)
     assert mask.tolist() == [False, True, True]
 
 
 def test_every_byte_of_a_character_is_trained_with_it() -> None:
     tokenizer = tokenizer_named("byte_plain")
-    _, mask = TokenMask(tokenizer).encode("é😀中", [(1, 2)])
+    _, mask = mask_of(tokenizer, "é😀中", [(1, 2)])
     assert mask.tolist() == [False] * 2 + [True] * 4 + [False] * 3
 
 
@@ -385,7 +385,6 @@ def test_white_space_tokens_count_as_written() -> None:
     """Llama-3's offsets leave out spaces; the space in front of a span's first word is inside or outside as written."""
     tokenizer = tokenizer_named("byte_bpe")
     text = "user  the answer  <|im_end|>"
-    mask = TokenMask(tokenizer)
     shown = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
     assert shown == ["user", "Ġ", "Ġthe", "Ġanswer", "ĠĠ", "<|im_end|>"]
     for spans, trained in [
@@ -395,7 +394,7 @@ def test_white_space_tokens_count_as_written() -> None:
         ([(16, 17)], [0, 0, 0, 0, 1, 0]),
         ([(4, 5)], [0, 1, 0, 0, 0, 0]),
     ]:
-        assert mask.encode(text, spans)[1].tolist() == [bool(t) for t in trained], spans
+        assert mask_of(tokenizer, text, spans)[1].tolist() == [bool(t) for t in trained], spans
 
 
 @pytest.mark.parametrize(
@@ -413,7 +412,7 @@ def test_a_tokenizer_that_composes_its_text(outside: str) -> None:
     a = text.index("abc")
     spans = [(a, a + len("abc def<|im_end|>"))]
     tokenizer = tokenizer_named("byte_bpe_nfc")
-    ids, mask = TokenMask(tokenizer).encode(text, spans)
+    ids, mask = mask_of(tokenizer, text, spans)
     assert tokenizer.decode(ids[mask].tolist()) == "abc def<|im_end|>"
     check_mask("byte_bpe_nfc", text, spans, ids, mask)
 
@@ -421,8 +420,8 @@ def test_a_tokenizer_that_composes_its_text(outside: str) -> None:
 def test_dropped_white_space_belongs_to_no_token() -> None:
     """WordPiece drops the space that ends the first turn; the user's next word does not hold it."""
     tokenizer = tokenizer_named("wordpiece")
-    text, spans = Template(tokenizer, None).trained_spans([assistant("the answer "), user("the user")], "all_assistant")
-    ids, mask = TokenMask(tokenizer).encode(text, spans)
+    text, spans = spans_of(Template(tokenizer, None), [assistant("the answer "), user("the user")], "all_assistant")
+    ids, mask = mask_of(tokenizer, text, spans)
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["the", "answer", "the", "user"]
     assert mask.tolist() == [True, True, False, False]
 
@@ -433,7 +432,7 @@ def test_dropped_white_space_belongs_to_no_token() -> None:
 def marked_or_refused(template: str, messages: Messages, train_on: str = "all_assistant") -> str:
     """Return the rendering with its trained text marked, or "refused"."""
     try:
-        text, spans = Template(tokenizer_named("byte_plain"), template).trained_spans(messages, train_on)
+        text, spans = spans_of(Template(tokenizer_named("byte_plain"), template), messages, train_on)
     except RowError:
         return "refused"
     for a, b in reversed(spans):
@@ -510,7 +509,7 @@ def test_generation_blocks_that_do_not_match_the_turns() -> None:
     template = "{%- for m in messages -%}{%- generation -%}{{ m.content }}{%- endgeneration -%}{%- endfor -%}"
     made = Template(tokenizer_named("byte_plain"), template)
     with pytest.raises(RowError, match="marks 2 generation blocks for 1 assistant turns"):
-        made.trained_spans([user("Hi"), assistant("Yes")], "all_assistant")
+        spans_of(made, [user("Hi"), assistant("Yes")], "all_assistant")
 
 
 def test_generation_blocks_around_rewritten_turns() -> None:
@@ -521,7 +520,7 @@ def test_generation_blocks_around_rewritten_turns() -> None:
     assert template != TEMPLATES["chatml_generation"]
     made = Template(tokenizer_named("byte_plain"), template)
     with pytest.raises(RowError, match=re.escape(REWRITTEN)):
-        made.trained_spans(CONVERSATIONS["reasoning"], "all_assistant")
+        spans_of(made, CONVERSATIONS["reasoning"], "all_assistant")
 
 
 def test_end_of_turn_of_a_template_that_asks_for_a_system_turn() -> None:
@@ -597,22 +596,61 @@ def test_a_conversation_that_holds_the_placeholder() -> None:
     assert marked_or_refused(CHATML, messages) in (expected, "refused")
 
 
-def test_an_end_of_turn_that_is_no_special_token_of_this_tokenizer_is_added_by_none() -> None:
-    """A tokenizer that knows </s> but not <|im_end|>: the ChatML close is ordinary text, and no token of the template."""
+def without_chatml() -> PreTrainedTokenizerFast:
+    """Make a tokenizer that knows </s> but not <|im_end|>, which it spells in pieces."""
     tokenizer = Tokenizer(
         models.BPE(vocab={s: i for i, s in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
-    made = Template(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), CHATML)
-    text, spans = made.trained_spans([user("Hi"), assistant("Yes")], "all_assistant")
-    assert [text[a:b] for a, b in spans] == ["Yes"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+FOUR = [user("Hi"), assistant("Yes"), user("More"), assistant("No")]
+SPELLED: dict[str, tuple[str, list[str]]] = {
+    "ChatML": (CHATML, ["Yes<|im_end|>", "No<|im_end|>"]),
+    "marked": (TEMPLATES["chatml_generation"], ["Yes<|im_end|>", "No<|im_end|>"]),
+    "behind a line break": (CHATML.replace("m.content + '<", "m.content + '\n<"), ["Yes\n<|im_end|>", "No\n<|im_end|>"]),
+    "with a token": (CHATML.replace("<|im_end|>", "<|im_end|></s>"), ["Yes<|im_end|></s>", "No<|im_end|></s>"]),
+    "and a token at the end": (CHATML + "{{- '</s>' -}}", ["Yes<|im_end|>", "No<|im_end|>"]),
+    "text at the end": (CHATML.replace("<|im_end|>", "") + "{{- 'End.' -}}", ["Yes", "No"]),
+    "nothing": (CHATML.replace("<|im_end|>", ""), ["Yes", "No"]),
+    "a token": (CHATML.replace("<|im_end|>", "</s>"), ["Yes</s>", "No</s>"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_an_end_of_turn_that_is_no_special_token(name: str) -> None:
+    """It is trained where it closes every turn; what stands once behind the last, or is white space, closes none."""
+    template, trained = SPELLED[name]
+    text, spans = spans_of(Template(without_chatml(), template), FOUR, "all_assistant")
+    assert [text[a:b] for a, b in spans] == trained
+    assert [text.index(t, text.index("assistant\n", b - 40)) for t, (_, b) in zip(trained, spans, strict=True)] == [
+        a for a, _ in spans
+    ]
+
+
+def test_a_spelled_end_of_turn_of_a_template_for_one_answer() -> None:
+    once = "{%- if messages | length > 2 -%}{{ raise_exception('one answer') }}{%- endif -%}" + CHATML
+    text, spans = spans_of(Template(without_chatml(), once), FOUR[:2], "all_assistant")
+    assert [text[a:b] for a, b in spans] == ["Yes<|im_end|>"]
+
+
+def test_a_spelled_end_of_turn_that_earlier_turns_lack() -> None:
+    template = CHATML.replace(
+        "'<|im_end|>\n'", "('<|im_end|>\n' if m.role == 'user' or m.content != 'Yes' else '<end>\n')"
+    )
+    made = Template(without_chatml(), template)
+    with pytest.raises(RowError, match="does not show where messages.1. ends"):
+        spans_of(made, FOUR, "all_assistant")
+    text, spans = spans_of(made, FOUR, "last_assistant")
+    assert [text[a:b] for a, b in spans] == ["No<|im_end|>"]
 
 
 def test_no_template_concatenates() -> None:
     messages = [system(" Be brief."), user("Hi "), assistant("Hello\n"), user("Bye"), assistant("")]
     made = Template(tokenizer_named("byte_plain"), None)
-    assert made.trained_spans(messages, "all_assistant") == (" Be brief.Hi Hello\nBye", [(13, 19), (22, 22)])
-    assert made.trained_spans(messages, "last_assistant")[1] == [(22, 22)]
-    assert made.trained_spans(messages, "all")[1] == [(0, 22)]
+    assert spans_of(made, messages, "all_assistant") == (" Be brief.Hi Hello\nBye", [(13, 19), (22, 22)])
+    assert spans_of(made, messages, "last_assistant")[1] == [(22, 22)]
+    assert spans_of(made, messages, "all")[1] == [(0, 22)]

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from engine.config.schema import SourceSection
 from engine.data import readers
-from engine.data.batch import collate_packed, collate_padded, empty_micro_batch, trained_positions
+from engine.data.batch import collate_packed, collate_padded, empty_micro_batch
 from engine.data.plan import (
     Assignment,
     Plan,
@@ -30,6 +31,7 @@ from engine.data.plan import (
     pad,
     permute,
 )
+from engine.data.samples import trained_positions
 from engine.data.template import Template
 from engine.types import Sample
 
@@ -50,7 +52,7 @@ def order(plan: Plan, epoch: int) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_an_epoch_holds_every_sample_once(size: int, batch_size: int) -> None:
     batch_size = max(batch_size, size // 100)  # a call a step
-    plan = Plan(num_samples=size, batch_size=batch_size, seed=3, drop_last=False)
+    plan = Plan(sizes=[size], batch_size=batch_size, seed=3, drop_last=False)
     for epoch in (0, 1, 5):
         assert sorted(order(plan, epoch)) == list(range(size))
 
@@ -69,16 +71,16 @@ def test_permute_sends_a_position_to_the_same_place_whoever_asks() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    plan = Plan(num_samples=1000, batch_size=10)
+    plan = Plan(sizes=[1000], batch_size=10)
     orders = [order(plan, epoch) for epoch in range(3)]
-    orders += [order(Plan(num_samples=1000, batch_size=10, seed=seed), 0) for seed in (1, 2, 10)]
+    orders += [order(Plan(sizes=[1000], batch_size=10, seed=seed), 0) for seed in (1, 2, 10)]
     for one, other in itertools.combinations(orders, 2):
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 12  # 1 is expected of two random orders
 
 
 def test_an_order_looks_random() -> None:
     """Neighbours are no neighbours, and each tenth of an epoch draws on all of the data."""
-    drawn = np.array(order(Plan(num_samples=10_000, batch_size=100), 0))
+    drawn = np.array(order(Plan(sizes=[10_000], batch_size=100), 0))
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.05
     assert abs(np.corrcoef(drawn, np.arange(10_000))[0, 1]) < 0.05
     counts = np.histogram2d(np.arange(10_000) // 1000, drawn // 1000, bins=10)[0]
@@ -86,7 +88,7 @@ def test_an_order_looks_random() -> None:
 
 
 def test_the_same_seed_gives_the_same_order() -> None:
-    one, other = (Plan(num_samples=97, batch_size=8, seed=11) for _ in range(2))
+    one, other = (Plan(sizes=[97], batch_size=8, seed=11) for _ in range(2))
     assert [one.members(s).tolist() for s in range(30)] == [other.members(s).tolist() for s in reversed(range(30))][
         ::-1
     ]
@@ -113,13 +115,13 @@ GOLDEN: dict[tuple[int, int, int, int], list[int]] = {
 @pytest.mark.parametrize("case", GOLDEN)
 def test_orders_never_change(case: tuple[int, int, int, int]) -> None:
     num_samples, batch_size, seed, step = case
-    assert Plan(num_samples=num_samples, batch_size=batch_size, seed=seed).members(step).tolist() == GOLDEN[case]
+    assert Plan(sizes=[num_samples], batch_size=batch_size, seed=seed).members(step).tolist() == GOLDEN[case]
 
 
 def test_without_shuffle_the_order_is_the_file_s() -> None:
-    plan = Plan(num_samples=7, batch_size=3, shuffle=False)
+    plan = Plan(sizes=[7], batch_size=3, shuffle=False)
     assert [plan.members(s).tolist() for s in range(4)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
-    plan = Plan(num_samples=7, batch_size=3, shuffle=False, drop_last=False)
+    plan = Plan(sizes=[7], batch_size=3, shuffle=False, drop_last=False)
     assert [plan.members(s).tolist() for s in range(4)] == [[0, 1, 2], [3, 4, 5], [6], [0, 1, 2]]
 
 
@@ -128,24 +130,24 @@ def test_without_shuffle_the_order_is_the_file_s() -> None:
     [(10, 3, 3, 4), (9, 3, 3, 3), (2, 3, 0, 1), (1, 1, 1, 1), (3, 3, 1, 1), (4, 3, 1, 2)],
 )
 def test_steps_of_an_epoch(size: int, batch: int, dropped: int, kept: int) -> None:
-    assert Plan(num_samples=size, batch_size=batch).steps_per_epoch == dropped
-    assert Plan(num_samples=size, batch_size=batch, drop_last=False).steps_per_epoch == kept
+    assert Plan(sizes=[size], batch_size=batch).steps_per_epoch == dropped
+    assert Plan(sizes=[size], batch_size=batch, drop_last=False).steps_per_epoch == kept
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_drop_last(shuffle: bool) -> None:
     """Dropped: every batch is full, nothing twice in an epoch, and what is left out changes from epoch to epoch."""
-    plan = Plan(num_samples=10, batch_size=4, seed=1, shuffle=shuffle)
+    plan = Plan(sizes=[10], batch_size=4, seed=1, shuffle=shuffle)
     assert [len(plan.members(s)) for s in range(6)] == [4] * 6
     left_out = [frozenset(range(10)) - set(order(plan, epoch)) for epoch in range(8)]
     assert all(len(left) == 2 for left in left_out)
     assert len(set(left_out)) > 3 if shuffle else set(left_out) == {frozenset({8, 9})}
-    plan = Plan(num_samples=10, batch_size=4, seed=1, shuffle=shuffle, drop_last=False)
+    plan = Plan(sizes=[10], batch_size=4, seed=1, shuffle=shuffle, drop_last=False)
     assert [len(plan.members(s)) for s in range(6)] == [4, 4, 2] * 2
 
 
 def test_a_step_in_ten_million_samples_costs_little() -> None:
-    plan = Plan(num_samples=10_000_000, batch_size=512)
+    plan = Plan(sizes=[10_000_000], batch_size=512)
     plan.members(0)
     for step in (0, 12_345, plan.steps_per_epoch - 1, 7 * plan.steps_per_epoch + 3):
         tracemalloc.start()
@@ -247,7 +249,10 @@ def real_lengths() -> NDArray[np.int64]:
         pytest.skip("no Alpaca rows beside this checkout")
     tokenizer = byte_bpe()
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    texts = [Template(tokenizer, chatml).render(readers.alpaca(row)) for row in json.loads(file.read_text("utf-8"))]
+    source = SourceSection(name="alpaca", path=str(file))
+    texts = [
+        Template(tokenizer, chatml).render(readers.alpaca(row, source)) for row in json.loads(file.read_text("utf-8"))
+    ]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     lengths = np.minimum([len(encoding.ids) for encoding in encodings], 4096)
     assert len(lengths) >= 900
@@ -255,7 +260,7 @@ def real_lengths() -> NDArray[np.int64]:
 
 
 def test_packing_fills_micro_batches_of_real_conversations(real_lengths: NDArray[np.int64]) -> None:
-    plan = Plan(num_samples=len(real_lengths), batch_size=512, seed=0)
+    plan = Plan(sizes=[len(real_lengths)], batch_size=512, seed=0)
     fills = [fill for step in range(6) for fill in check_packing(real_lengths[plan.members(step)], 4096)]
     assert np.mean(fills) / 4096 >= 0.97
 
@@ -404,7 +409,7 @@ def test_ranks_lose_little_to_the_slowest(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 8, 64])
 def test_ranks_lose_little_to_the_slowest_on_real_conversations(real_lengths: NDArray[np.int64], ranks: int) -> None:
-    plan = Plan(num_samples=len(real_lengths), batch_size=512, seed=0, drop_last=False)
+    plan = Plan(sizes=[len(real_lengths)], batch_size=512, seed=0, drop_last=False)
     shares = [lost(real_lengths[plan.members(2 * step)], ranks) for step in range(20)]
     assert np.mean(shares) < 0.05
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +21,13 @@ from typing import Any
 import pytest
 from chat_fixtures import CHATML_GENERATION, byte_plain
 
+from engine import cache as command
+from engine.config import sources
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
-from engine.data.cache import Samples, prepare
+from engine.data import cache
+from engine.data.assemble import assemble
+from engine.data.samples import Samples
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +64,7 @@ def config_of(file: Path, cache: Path, *overrides: str) -> RunConfig:
 def tokenised(config: RunConfig, split: str = "train") -> tuple[Samples, list[str]]:
     """Prepare, and return what was said as well."""
     said: list[str] = []
-    return prepare(config, split, Path(config.data.cache_dir or "") / "scratch", said.append), said
+    return assemble(config, Path(config.data.cache_dir or "") / "scratch", said.append).sources[split], said
 
 
 def whole_folders(cache: Path) -> list[Path]:
@@ -102,9 +108,9 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
         "rows.json",
         b'[{"messages": []},\n oops]',
         [],
-        "{file}: not JSON (Expecting value: line 2 column 2 (char 20)); the file holds an array of objects, or one object a line.",
+        "{file} row 2: not JSON (Expecting value: line 2 column 2 (char 20)); the file holds an array of objects, or one object a line.",
     ),
-    "array cut short": ("rows.json", b'  [{"messages": []}', [], "{file}: not JSON (…"),
+    "array cut short": ("rows.json", b'  [{"messages": []}', [], "{file} row 1: not JSON (…"),
     "row no object": (
         "rows.jsonl",
         lines(GOOD) + b'"hello"\n',
@@ -163,23 +169,17 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
         [],
         "{file} line 1: messages[1].content must be a string, got None.",
     ),
-    "content a list": (
+    "content an image": (
         "rows.jsonl",
-        lines(turns(("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hello"))),
+        lines(turns(("user", [{"type": "image"}]), ("assistant", "Hello"))),
         [],
-        "{file} line 1: messages[0].content must be a string, got [{'type': 'text', 'text': 'Hi'}].",
+        "{file} line 1: messages[0].content[0] must be a part of type 'text' with a string 'text', got {'type': 'image'}.",
     ),
     "no assistant": (
         "rows.jsonl",
         lines(GOOD, turns(("user", "Hi"))),
         [],
         "{file} line 2: no assistant turn, so nothing to train; set data.train_on=all to train on every token.",
-    ),
-    "nothing to train": (
-        "rows.jsonl",
-        lines(GOOD, turns(("user", "Hi"), ("assistant", ""))),
-        ["model.chat_template=null"],
-        "{file} line 2: nothing to train: no token of a trained turn is left after the template.",
     ),
     "only the first token to train": (
         "rows.jsonl",
@@ -207,16 +207,16 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
     ),
     "unknown columns": (
         "rows.jsonl",
-        lines({"prompt": "Hi", "completion": "Hello"}),
+        lines({"text": "Hi", "id": 1}),
         ["data.reader=null"],
-        "{file}: no known format has these columns ('prompt', 'completion'); a row holds 'messages', or 'instruction' and "
-        "'output', or set data.reader=module:function.",
+        "{file}: no known format has these columns ('text', 'id'); a row holds 'messages', 'conversations', 'input_ids', …",
     ),
     "unknown reader": (
         "rows.jsonl",
         lines(GOOD),
-        ["data.reader=sharegpt"],
-        "data.reader=sharegpt: no such reader; choose messages, alpaca or module:function.",
+        ["data.reader=chat"],
+        "data.reader=chat: no such reader; choose messages, response, alpaca, dolly, sharegpt, pretokenized, open_assistant, squad or "
+        "module:function.",
     ),
     "too long": (
         "rows.jsonl",
@@ -241,13 +241,6 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
         lines(GOOD, turns(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))),
         ["model.chat_template={folder}/refuses.jinja"],
         "{file} line 2: the chat template refuses this conversation (no system turns here).",
-    ),
-    "template rewrites": (
-        "rows.jsonl",
-        lines(GOOD, turns(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e"))),
-        ["model.chat_template={folder}/rewrites.jinja"],
-        "{file} line 2: the chat template does not show messages[1] as it was written (it rewrites earlier turns, say), so it "
-        "cannot be masked exactly; set data.train_on=last_assistant, or give another template by model.chat_template.",
     ),
     "template hides": (
         "rows.jsonl",
@@ -510,12 +503,156 @@ def test_cache_off_leaves_the_cache_alone(tmp_path: Path, cache_dir: Path) -> No
     file, scratch = tmp_path / "rows.jsonl", tmp_path / "scratch"
     file.write_bytes(lines(*MIXED))
     config = config_of(file, cache_dir, "data.cache=off")
-    first = prepare(config, "train", scratch, lambda _: None)
+    first = assemble(config, scratch, lambda _: None).sources["train"]
     before = made_at(scratch)
     assert not cache_dir.exists() and len(before) == 1 and len(first) == 4
-    second = prepare(config, "train", scratch, lambda _: None)
+    second = assemble(config, scratch, lambda _: None).sources["train"]
     assert made_at(scratch) != before
     assert contents(first) == contents(second)
+
+
+def test_the_same_rows_to_train_and_to_validate_on_are_made_once(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, build = [], cache.build
+
+    def counted(target: Path, *rest: Any) -> None:
+        made.append(target)
+        build(target, *rest)
+
+    monkeypatch.setattr("engine.data.cache.build", counted)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(*MIXED))
+    for mode, times in (("rebuild", 1), ("rebuild", 2), ("off", 3), ("use", 3)):
+        words = [f"data.cache={mode}", f"data.val_path={file}", "data.val_split=validation"]
+        data = assemble(config_of(file, cache_dir, *words), tmp_path / "scratch", lambda _: None)
+        assert len(made) == times
+        assert contents(data.sources["train"]) == contents(data.sources["validation"])
+
+
+class Ended(BaseException):
+    """What stands for a SIGKILL: it comes at a moment that is known."""
+
+
+def halfway(folder: Path, *_: Any, **__: Any) -> None:
+    """Remove a file of a folder, and end."""
+    with contextlib.suppress(FileNotFoundError):
+        next(Path(folder).iterdir()).unlink()
+        raise Ended
+
+
+def test_ended_while_an_entry_is_removed(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(*MIXED))
+    first = contents(tokenised(config_of(file, cache_dir))[0])
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.data.cache.shutil.rmtree", halfway)
+        with pytest.raises(Ended):
+            tokenised(config_of(file, cache_dir, "data.cache=rebuild"))
+    assert len(list(cache_dir.glob("tokenized/*.tmp-*"))) == 1
+    assert contents(tokenised(config_of(file, cache_dir))[0]) == first
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.data.cache.shutil.rmtree", halfway)
+        with pytest.raises(Ended):
+            cache.remove(next(entry for entry in cache.entries(cache_dir) if entry.whole))
+    assert whole_folders(cache_dir) == []
+    assert contents(tokenised(config_of(file, cache_dir))[0]) == first
+    assert not list(cache_dir.glob("tokenized/*.tmp-*"))
+
+
+def test_no_lock_is_taken_to_read(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(*MIXED))
+    tokenised(config_of(file, cache_dir))
+    (lock,) = cache_dir.glob("tokenized/*.lock")
+    assert lock.stat().st_mode & 0o777 == 0o666
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("engine.data.cache.fcntl.lockf", refuse)
+    assert len(tokenised(config_of(file, cache_dir))[0]) == 4
+    with pytest.raises(
+        UserError, match=r"data\.cache_dir=.*/cache: its file system has no locks \(No locks available\); "
+    ):
+        tokenised(config_of(file, cache_dir, "data.cache=rebuild"))
+
+
+def test_bad_rows_that_were_skipped_are_named_to_a_run_that_refuses_them(tmp_path: Path, cache_dir: Path) -> None:
+    """And where there are none, both take the same entry."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(GOOD, turns(("user", "Hi")), GOOD))
+    skip = config_of(file, cache_dir, "data.bad_rows=skip")
+    assert len(tokenised(skip)[0]) == 2
+    before = made_at(cache_dir)
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2: no assistant turn"):
+        tokenised(config_of(file, cache_dir))
+    assert len(tokenised(skip)[0]) == 2 and made_at(cache_dir) == before
+    file.write_bytes(lines(GOOD, GOOD))
+    tokenised(config_of(file, cache_dir))
+    before = made_at(cache_dir)
+    tokenised(skip)
+    assert made_at(cache_dir) == before and len(before) == 2
+
+
+def test_files_of_the_tokenizer_in_the_key(tmp_path: Path, cache_dir: Path) -> None:
+    file, tokenizer = tmp_path / "rows.jsonl", tmp_path / "tokenizer"
+    file.write_bytes(lines(GOOD))
+    shutil.copytree(TOKENIZER["folder"], tokenizer)
+    (tokenizer / "additional_chat_templates").mkdir()
+
+    def key(*words: str) -> str:
+        config = config_of(file, cache_dir, f"model.tokenizer={tokenizer}", *words)
+        return cache._key(config, sources.of(config.data, "train")[0], None)
+
+    keys = [key()]
+    for name, text in (
+        ("added_tokens.json", "{}"),
+        ("vocab.json", "{}"),
+        ("merges.txt", ""),
+        ("additional_chat_templates/tool_use.jinja", ""),
+        ("config.json", '{"model_type": "llama"}'),
+        ("config.json", '{"model_type": "qwen3"}'),
+        ("config.json", '{"model_type": "qwen3", "tokenizer_class": "A"}'),
+        (
+            "config.json",
+            '{"model_type": "qwen3", "tokenizer_class": "A", "auto_map": {"AutoTokenizer": ["a.A", null]}}',
+        ),
+    ):
+        (tokenizer / name).write_text(text)
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+    (tokenizer / "config.json").write_text((tokenizer / "config.json").read_text()[:-1] + ', "num_hidden_layers": 2}')
+    (tokenizer / "a.py").write_text("class A: ...")
+    (tokenizer / "model.safetensors").write_bytes(b"weights")
+    assert key() == keys[-1]
+    trusted = key("model.trust_remote_code=true")
+    (tokenizer / "a.py").write_text("class A: pass")
+    assert key() == keys[-1] and len({keys[-1], trusted, key("model.trust_remote_code=true")}) == 3
+    assert key("data.bad_rows=skip", "data.num_workers=3", "data.train_split=all") == keys[-1] != key("data.limit=1")
+
+
+def test_the_code_of_a_reader_in_the_key(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is defined, not only where it is named."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(GOOD))
+    (tmp_path / "reader_defined.py").write_text("def read(row):\n    return row\n")
+    (tmp_path / "reader_named.py").write_text(
+        "from functools import partial\nfrom reader_defined import read\nother = partial(read)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def key(name: str) -> str:
+        config = config_of(file, cache_dir, f"data.reader=reader_named:{name}")
+        return cache._key(config, sources.of(config.data, "train")[0], None)
+
+    before, other = key("read"), key("other")
+    with (tmp_path / "reader_defined.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert key("read") != before and key("other") == other  # a partial: its module alone
+    with (tmp_path / "reader_named.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert key("other") != other
 
 
 @pytest.mark.parametrize(
@@ -581,7 +718,7 @@ def test_what_changes_no_token_keeps_the_key(change: str, tmp_path: Path, cache_
 
 def test_one_and_two_workers_give_identical_samples(tmp_path: Path, cache_dir: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(lines(*(conversation(f"Question {i}", f"Answer {i} " * (i % 9)) for i in range(2600))))
+    file.write_bytes(lines(*(conversation(f"Question {i}", f"Answer {i} " * (1 + i % 9)) for i in range(2600))))
     one, said_one = tokenised(config_of(file, cache_dir, "data.num_workers=1"))
     two, said_two = tokenised(config_of(file, cache_dir, "data.num_workers=2", "data.cache=rebuild"))
     assert len(one) == 2600 and said_one == said_two
@@ -591,10 +728,12 @@ def test_one_and_two_workers_give_identical_samples(tmp_path: Path, cache_dir: P
 # --- processes -------------------------------------------------------------------------------------------------------
 
 NURSERY = """
-import hashlib, json, os, signal, sys
+import hashlib, json, os, signal, sys, traceback
 from pathlib import Path
+from engine import cache
 from engine.config.compose import compose
-from engine.data.cache import Samples, prepare
+from engine.data.assemble import assemble
+from engine.data.samples import Samples
 from transformers import AutoTokenizer
 
 def digest(samples):
@@ -605,7 +744,7 @@ def digest(samples):
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    words, scratch, answer = json.loads(line)
+    words, scratch, answer, uid = json.loads(line)
     pid = os.fork()
     if pid:
         print(pid, flush=True)
@@ -613,13 +752,23 @@ for line in sys.stdin:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        text = digest(prepare(compose(words).config, "train", Path(scratch), lambda _: None))
+        sys.stdout = sys.stderr  # stdout is for the numbers of processes
+        if words[0] == "prune":
+            cache.main(words)
+            os._exit(0)
+        config = compose(words).config
+        if uid:
+            assemble(config, Path(scratch), lambda _: None)  # imports what that user may not
+            os.setuid(uid)
+        text = digest(assemble(config, Path(scratch), lambda _: None).sources["train"])
         Path(answer + ".part").write_text(text)
         os.rename(answer + ".part", answer)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 """
-NUM_ROWS = 6000
+NUM_ROWS = 1600
 
 
 class Nursery:
@@ -635,10 +784,10 @@ class Nursery:
         )
         self.started: list[int] = []
 
-    def start(self, config_words: list[str], answer: Path) -> int:
-        """Start a process that tokenises; its samples' number and hash end up in the file ``answer``."""
+    def start(self, words: list[str], answer: Path, uid: int = 0) -> int:
+        """Start a process that prunes, or tokenises as some user: its samples' number and hash end up in the file ``answer``."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([config_words, str(answer) + "-scratch", str(answer)]) + "\n")
+        self.process.stdin.write(json.dumps([words, str(answer) + "-scratch", str(answer), uid]) + "\n")
         self.process.stdin.flush()
         self.started.append(int(self.process.stdout.readline()))
         return self.started[-1]
@@ -679,7 +828,7 @@ def nursery() -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("many") / "rows.jsonl"
-    file.write_bytes(lines(*(conversation(f"Question {i}", f"Answer {i} " * (i % 9)) for i in range(NUM_ROWS))))
+    file.write_bytes(lines(*(conversation(f"Question {i}", f"Answer {i} " * (1 + i % 9)) for i in range(NUM_ROWS))))
     return file
 
 
@@ -718,31 +867,67 @@ def test_two_processes_at_once_end_with_the_same_samples(
 def test_killed_at_any_moment_leaves_nothing_that_looks_whole(
     nursery: Nursery, many_rows: Path, tmp_path: Path, cache_dir: Path, truth: str
 ) -> None:
-    """SIGKILL at six moments of tokenising, one after another on the same folder; then an undisturbed run."""
+    """SIGKILL at 20 moments of tokenising, one after another on the same folder, and at 10 of removing."""
     words = [*words_for(many_rows, cache_dir), "data.num_workers=1"]
-    moments = random.Random(0)
-    killed_inside = 0
-    for _ in range(6):
-        before = set(cache_dir.glob("tokenized/*.tmp-*"))
+    prune = ["prune", f"--cache-dir={cache_dir}", "--older-than=0"]
+    answer, moments, killed_inside = tmp_path / "answer", random.Random(0), 0
+
+    def kill(words: list[str], after_s: float) -> bool:
+        """Start a process and kill it; returns whether that came before its end."""
         pid = nursery.start(words, tmp_path / "killed")
-        wait_for(
-            lambda: set(cache_dir.glob("tokenized/*.tmp-*")) - before or whole_folders(cache_dir),  # noqa: B023
-            "the start of tokenising",
-        )
-        time.sleep(moments.uniform(0, 0.4))
+        time.sleep(after_s)
+        inside = alive(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not alive(pid), "the end of a killed process")  # noqa: B023
-        if not whole_folders(cache_dir):
-            killed_inside += 1
-            assert list(cache_dir.glob("tokenized/*.tmp-*"))
-        for folder in whole_folders(cache_dir):  # it was quicker than the kill: then it is whole indeed
+        wait_for(lambda: not alive(pid), "the end of a killed process")
+        for folder in whole_folders(cache_dir):
             assert len(Samples(folder)) == NUM_ROWS
-            shutil.rmtree(folder)
-    assert killed_inside >= 3
-    assert answer_of(nursery.start(words, tmp_path / "answer"), tmp_path / "answer") == truth
-    assert len(whole_folders(cache_dir)) == 1
-    assert not list(cache_dir.rglob("*.tmp-*"))
+        return inside
+
+    started = time.monotonic()
+    assert answer_of(nursery.start(words, answer), answer) == truth
+    duration_s = time.monotonic() - started
+    for i in range(20):
+        rebuild = i % 2 == 1
+        if not rebuild:  # what there is has to go before it can be made
+            kill(prune, moments.uniform(0, 0.02))
+            assert command.main(prune) == 0 and not whole_folders(cache_dir)
+        mode = ["data.cache=rebuild" if rebuild else "data.cache=use", f"data.num_workers={1 + i // 2 % 2}"]
+        killed_inside += kill([*words[:-1], *mode], moments.uniform(0, duration_s))
+        answer.unlink()
+        assert answer_of(nursery.start(words, answer), answer) == truth, i
+        assert len(whole_folders(cache_dir)) == 1
+    assert killed_inside >= 10
+    assert command.main(["prune", f"--cache-dir={cache_dir}"]) == 0
+    assert len(whole_folders(cache_dir)) == 1 and not list(cache_dir.rglob("*.tmp-*"))
+    answer.unlink()
+    assert answer_of(nursery.start(words, answer), answer) == truth
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_another_user_reads_a_cache_that_only_its_owner_may_write(
+    nursery: Nursery, many_rows: Path, truth: str
+) -> None:
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        root = Path(folder)
+        root.chmod(0o755)
+        rows, answers = root / "rows.jsonl", root / "answers"
+        shutil.copy(many_rows, rows)
+        shutil.copytree(TOKENIZER["folder"], root / "tokenizer").chmod(0o755)
+        answers.mkdir()
+        answers.chmod(0o777)
+        words = [*words_for(rows, root / "cache"), f"model.tokenizer={root / 'tokenizer'}"]
+        assert answer_of(nursery.start(words, answers / "owner"), answers / "owner") == truth
+        assert answer_of(nursery.start(words, answers / "other", nobody), answers / "other") == truth
+        (lock,) = (root / "cache").glob("tokenized/*.lock")
+        lock.chmod(0o600)
+        assert answer_of(nursery.start(words, answers / "third", nobody), answers / "third") == truth
+        lock.chmod(0o666)
+        lock.parent.chmod(0o777)  # a cache that all may write: what is one user's, another one may make anew
+        anew = [*words, "data.cache=rebuild"]
+        assert answer_of(nursery.start(anew, answers / "anew", nobody), answers / "anew") == truth
+        assert whole_folders(root / "cache")[0].stat().st_uid == nobody
 
 
 def test_killed_with_worker_processes_does_not_lock_out_the_next(

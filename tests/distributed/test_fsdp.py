@@ -24,7 +24,7 @@ from engine.backends.torch_backend import TorchBackend
 from engine.checkpoint import Checkpoints, TrainState
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
-from engine.data import cache
+from engine.data.assemble import assemble
 from engine.data.batch import empty_micro_batch
 from engine.data.loader import Loader, train_loader, val_loader
 from engine.errors import EXIT_ERROR, RunError, UserError
@@ -182,12 +182,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def loader_of(config: RunConfig, ranks: Ranks, *, val_batch_size: int | None = None) -> Loader:
-    samples = cache.prepare(config, "train", Path(config.run.dir), lambda text: None, made=True)
+    data = assemble(config, Path(config.run.dir), lambda text: None).train
     place: dict[str, Any] = {"rank": ranks.rank, "ranks": ranks.size, "attention_length": ATTENTION_LENGTH}
     sizes = {"batch_size": config.train.global_batch_size, "micro_batch_size": config.train.micro_batch_size}
     if val_batch_size is not None:
-        return val_loader(samples, config.data, **{**sizes, "batch_size": val_batch_size}, **place)
-    return train_loader(samples, config.data, seed=config.run.seed, **sizes, **place)
+        return val_loader(data, config.data, **{**sizes, "batch_size": val_batch_size}, **place)
+    return train_loader(data, config.data, seed=config.run.seed, **sizes, **place)
 
 
 def do_step(backend: TorchBackend, loader: Loader, step: int, lr: float = LR) -> Any:
@@ -552,7 +552,7 @@ def seen_between_steps(ranks: Ranks, config: RunConfig) -> list[Any]:
     seen: list[Any] = []
     for step in range(3):
         seen.append(float(backend.evaluate(val.step(0), SFT()).loss))
-        backend.probe([loader.samples[i] for i in range(3)])
+        backend.probe([loader.data[i] for i in range(3)])
         seen.append(backend.generate(CONVERSATIONS, 12))
         do_step(backend, loader, step, lr=2e-2)
         seen.append(float(backend.evaluate(val.step(1), SFT()).loss))
@@ -623,7 +623,7 @@ def probed(ranks: Ranks, config: RunConfig) -> tuple[str, str, int]:
     backend, loader = TorchBackend(config, ranks), loader_of(config, ranks)
     wrong = reference_without_scale(backend)
     with wrong:
-        return raised(lambda: backend.probe([loader.samples[i] for i in range(3)]))
+        return raised(lambda: backend.probe([loader.data[i] for i in range(3)]))
 
 
 @contextmanager

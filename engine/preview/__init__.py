@@ -1,0 +1,1 @@
+"""What a recipe would train on, token by token, before it trains."""
