@@ -432,7 +432,8 @@ def test_mistake_that_only_the_ranks_can_see_is_told_once(
     base: list[str], tmp_path: Path, start: Start, launch: Callable[[list[str]], list[str]]
 ) -> None:
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"messages": [{"role": "user", "content": 3}]}\n' * 8)
+    good = '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n'
+    broken.write_text('{"messages": [{"role": "user", "content": 3}]}\n' + good * 8)
     process = start(launch([*base, f"data.train_path={broken}", f"run.dir={tmp_path / 'run'}"]))
     code = process.wait()
     said = [line for line in process.log.read_text().splitlines() if line.startswith("error: ")]
