@@ -34,9 +34,17 @@ def main(words: list[str]) -> int:
 
 
 def run_one(overrides: list[str]) -> int:
-    """Compose one recipe and run it."""
+    """Compose one recipe and run it; the quickstart of DPO begins with that of SFT, if there are no weights of it."""
     try:
-        composed = compose.compose(compose.with_quickstart(overrides))
+        words = compose.with_quickstart(overrides)
+        if compose.QUICKSTART_DPO in words and compose.quickstart_weights() is None:
+            print("no quickstart has been run here, whose weights DPO starts from: running it first\n", flush=True)
+            code = run_one([])
+            if code != EXIT_DONE:
+                return code
+            print("\nnow DPO, from these weights\n", flush=True)
+            words = compose.with_quickstart(overrides)
+        composed = compose.compose(words)
     except UserError as error:  # every rank that a launcher has started sees it; the first one says it
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         if first:

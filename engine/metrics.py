@@ -63,6 +63,10 @@ class Console:
         """End."""
 
 
+SHOWN = ("loss", "accuracy", "margin")
+"""Figures of a step or a validation that the console shows, where there are any."""
+
+
 class TerminalConsole(Console):
     """A progress bar on a terminal; a plain line now and then elsewhere."""
 
@@ -103,7 +107,8 @@ class TerminalConsole(Console):
         """Show a step's figures."""
         if "train/loss" in metrics:
             rate = metrics.get("perf/tokens_per_second", 0.0)
-            figures = f"loss {metrics['train/loss']:.4f}  {rate:,.0f} tokens/s"
+            more = "".join(f"  {k} {metrics[f'train/{k}']:.3f}" for k in SHOWN[1:] if f"train/{k}" in metrics)
+            figures = f"loss {metrics['train/loss']:.4f}{more}  {rate:,.0f} tokens/s"
             if self._progress is not None:
                 self._progress.update(self._task, completed=step, figures=figures)
             now = time.monotonic()
@@ -116,7 +121,7 @@ class TerminalConsole(Console):
                 self._log.write(line + "\n")
                 if self._progress is None:
                     self._rich.print(line, markup=False)
-        shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
+        shown = {k: v for k, v in metrics.items() if k.startswith("validation/") and k.rpartition("/")[2] in SHOWN}
         if shown:
             self.say(f"step {step}/{self._total_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 

@@ -155,9 +155,9 @@ class Trainer:
         """
         config, state, stop.training = self.config, self.state, True
         self._call("on_train_begin")
+        self.console.start(state.step, state.total_steps)
         if state.step == 0 and (config.algorithm.val_at_start or not state.total_steps):
             self._evaluate()
-        self.console.start(state.step, state.total_steps)
         self._agree(stop)
         while state.step < state.total_steps and not self._asked.stop and self._stopped_by is None:
             self._asked = Requests()
@@ -220,6 +220,7 @@ class Trainer:
             "perf/padding_share": 1 - counts.tokens / counts.places,
             "perf/memory_gb": memory_gb(),
             "timing/data_s": loaded - started,
+            **({} if self.objective.count_metric is None else {f"train/{self.objective.count_metric}": counts.units}),
             **self.train.by_source(state.step - 1),
             **self._timings,
         }
@@ -254,7 +255,7 @@ class Trainer:
 
     def _advance(self, counts: Counts) -> None:
         state = self.state
-        state.consumed_samples += len(self.train.plan.members(state.step))
+        state.consumed_samples += self.train.plan.size(state.step)
         state.step += 1
         state.epoch = state.step / self.train.plan.steps_per_epoch
         state.total_tokens += int(counts.tokens)
@@ -381,6 +382,8 @@ def evaluate(backend: Backend, objective: Objective, sets: Mapping[str, Loader],
     units = sum(result.units for result in found.values())
     metrics: dict[str, float] = {}
     for name, result in found.items():
+        if objective.count_metric is not None:
+            metrics[f"validation/{objective.count_metric}"] = units
         for key, value in {"loss": result.loss, **result.sums}.items():
             whole = f"validation/{key}"
             metrics[whole] = metrics.get(whole, 0.0) + float(value) * (result.units / units if len(found) > 1 else 1.0)

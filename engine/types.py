@@ -37,6 +37,8 @@ class Targets:
     """Sequence s owns the tokens bounds[s]:bounds[s + 1] of N; length S + 1."""
     weights_N: torch.Tensor | None = None
     """Loss weight of each token, float32; None: all one."""
+    reference_S: torch.Tensor | None = None
+    """The reference's log-probability of each sequence, summed over its tokens, float32 [S]; None: there is no reference."""
 
     @property
     def num_tokens(self) -> int:
@@ -45,13 +47,14 @@ class Targets:
 
     def tokens(self, start: int, stop: int) -> Targets:
         """Return the tokens start:stop of N, their sequences forgotten."""
-        return replace(self, bounds=[0, stop - start], weights_N=self._weights(start, stop))
+        return replace(self, bounds=[0, stop - start], weights_N=self._weights(start, stop), reference_S=None)
 
     def sequences(self, start: int, stop: int) -> Targets:
         """Return the sequences start:stop of S."""
         bounds = self.bounds[start : stop + 1]
         weights = self._weights(bounds[0], bounds[-1])
-        return replace(self, bounds=[b - bounds[0] for b in bounds], weights_N=weights)
+        reference = None if self.reference_S is None else self.reference_S[start:stop]
+        return replace(self, bounds=[b - bounds[0] for b in bounds], weights_N=weights, reference_S=reference)
 
     def _weights(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.weights_N is None else self.weights_N[start:stop]
@@ -99,7 +102,9 @@ class MicroBatch:
             attention_mask=move(self.attention_mask),
             index_N=move(self.index_N),
             labels_N=move(self.labels_N),
-            targets=replace(self.targets, weights_N=move(self.targets.weights_N)),
+            targets=replace(
+                self.targets, weights_N=move(self.targets.weights_N), reference_S=move(self.targets.reference_S)
+            ),
         )
 
 
@@ -108,6 +113,10 @@ class Objective(Protocol):
 
     sequences_per_group: int
     """Sequences that must be seen together: 0 for none (any run of tokens), 2 for a pair."""
+    needs_reference: bool
+    """Whether it looks at ``Targets.reference_S``."""
+    count_metric: str | None
+    """Name of the metric that shows the units of a step; None: none."""
 
     def units(self, targets: Targets) -> float:
         """Return this micro-batch's share of the count that normalises the loss of a global batch."""
@@ -155,6 +164,13 @@ class Backend(Protocol):
 
     def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
         """Compute the loss over all ranks' micro-batches, normalised by their units, without gradients."""
+        ...
+
+    def sequence_logprobs(self, batch: MicroBatch) -> torch.Tensor:
+        """Return the log-probability of each document's trained tokens, summed, without gradients; float32 [S].
+
+        All ranks call equally often, where need be with an empty micro-batch.
+        """
         ...
 
     def probe(self, samples: Sequence[Sample]) -> None:

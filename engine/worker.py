@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
 from typing import Any
 
-from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins
+from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins, reference
 from engine.checkpoint import Checkpoints
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import report
@@ -14,7 +15,7 @@ from engine.data.loader import Loader, train_loader, val_loader
 from engine.data.samples import DataSet
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.ranks import PeerFailed, Ranks, is_lost_peer
-from engine.receipt import receipt
+from engine.receipt import receipt, weights_fingerprint
 from engine.run_folder import RunFolder
 from engine.train import Stopped, StopRequest, Trainer, total_steps
 from engine.types import Backend, Callback
@@ -95,7 +96,8 @@ def _run(
     closing.append(checkpoints)
     source, state = ranks.first(lambda: folder.resume_from(config))
     data = _data(config, folder, console, ranks)
-    train, val = ranks.together(lambda: _loaders(config, data, ranks))
+    objective = ranks.together(lambda: objectives.build(config.algorithm))
+    train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
     lock = ranks.first(lambda: _receipt(config, data, folder, ranks))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
@@ -110,6 +112,8 @@ def _run(
         lambda: hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
     )
     backend = _backend(config, data.train, ranks)
+    if objective.needs_reference:  # of the weights as they are now: those of a checkpoint come later
+        _attach_reference(config, folder, backend, (train, val), state.total_steps, console, ranks)
     ranks.first(lambda: checkpoints.check_space(backend))
     ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
@@ -120,7 +124,7 @@ def _run(
         config=config,
         ranks=ranks,
         backend=backend,
-        objective=objectives.build(config.algorithm),
+        objective=objective,
         train=train,
         val=val,
         folder=folder,
@@ -162,7 +166,7 @@ def _say_nothing(text: str) -> None:
     """Leave it to the first rank."""
 
 
-def _loaders(config: RunConfig, data: Data, ranks: Ranks) -> tuple[Loader, dict[str, Loader]]:
+def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of this rank's training data and of each validation set."""
     algorithm, sizes = config.algorithm, config.train
     attention_length = hub.attention_length(config.model)
@@ -175,6 +179,7 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks) -> tuple[Loader, dict[
         rank=ranks.rank,
         ranks=ranks.size,
         attention_length=attention_length,
+        together=together,
     )
     val = {
         name: val_loader(
@@ -185,6 +190,7 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks) -> tuple[Loader, dict[
             rank=ranks.rank,
             ranks=ranks.size,
             attention_length=attention_length,
+            together=together,
         )
         for name, held in data.validation.items()
     }
@@ -208,6 +214,30 @@ def _backend(config: RunConfig, data: DataSet, ranks: Ranks) -> Backend:
     if config.run.probe:
         backend.probe([data[i] for i in range(min(PROBE_SAMPLES, len(data)))])
     return backend
+
+
+def _attach_reference(
+    config: RunConfig,
+    folder: RunFolder,
+    backend: Backend,
+    loaders: tuple[Loader, dict[str, Loader]],
+    steps: int,
+    console: metrics.Console,
+    ranks: Ranks,
+) -> None:
+    """Give the data the reference's log-probabilities of all that the run will see."""
+    train, val = loaders
+    path = config.algorithm.reference
+    chosen, build = config, lambda: backend
+    if path not in (None, "initial"):
+        model = config.model.model_copy(update={"path": path, "revision": None, "init": "pretrained"})
+        chosen = config.model_copy(update={"model": model})
+        build = functools.cache(lambda: backends.build(chosen, ranks))
+    most = config.algorithm.val_batches
+    seen = [(train, range(steps))]
+    seen += [(held, range(min(most or n, n))) for held in val.values() for n in (held.plan.steps_per_epoch,)]
+    weights = ranks.first(lambda: weights_fingerprint(chosen))
+    reference.attach(chosen, weights, build, seen, folder.path, ranks, console.say)
 
 
 def _callback(spec: str) -> Callback:

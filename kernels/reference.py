@@ -29,6 +29,22 @@ def rows_per_chunk(vocabulary: int, workspace_mb: float) -> int:
     return max(1, int(workspace_mb * 2**20) // (4 * vocabulary))
 
 
+def sums_by_group(values_N: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Return the sums of values over groups, differentiable; added up in float64, so that no order shows.
+
+    Args:
+        values_N: Float32 [N].
+        bounds: Group g owns the values bounds[g]:bounds[g + 1], the first bound being 0; length G + 1.
+
+    Returns:
+        Float32 [G].
+    """
+    lengths_G = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.int64)
+    lengths_G = lengths_G.to(values_N.device, non_blocking=True)
+    group_N = torch.repeat_interleave(lengths_G, output_size=len(values_N))
+    return values_N.new_zeros(len(lengths_G), dtype=torch.float64).index_add(0, group_N, values_N.double()).float()
+
+
 def linear_logprobs(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, workspace_mb: float) -> Tensor:
     """Return log p(label) for each row, differentiable in both matrices.
 

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -14,23 +14,47 @@ from engine.data import tasks
 from tests.conftest import ROOT
 
 
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Type commands in a folder of their own."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
+
+    def types(*words: str) -> str:
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return types
+
+
+@pytest.fixture(scope="module")
+def quickstart(newcomer: Callable[..., str]) -> str:
+    """Return what ``python -m engine`` says."""
+    return newcomer("engine")
+
+
 @pytest.mark.timeout(900)
-def test_quickstart_reaches_ninety_percent_on_held_out_prompts(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "engine", f"run.dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    (before, after) = map(float, re.findall(r"held-out prompts: ([\d.]+)% → ([\d.]+)%", done.stdout)[0])
-    assert before < 5.0 and after >= 90.0
-    for line in (
-        "held-out prompt → before | after | right answer",
-        f"weights: {tmp_path}/hf",
-        "python -m engine.generate",
-    ):
-        assert line in done.stdout
-    asked = [sys.executable, "-m", "engine.generate", "--model", str(tmp_path / "hf"), "--prompt", "Uppercase: stone"]
-    answer = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
-    assert answer.stdout.strip() == "STONE"
+def test_quickstart_reaches_ninety_percent_on_held_out_prompts(quickstart: str, newcomer: Callable[..., str]) -> None:
+    ((before, after),) = re.findall(r"held-out prompts: ([\d.]+)% → ([\d.]+)%", quickstart)
+    assert float(before) < 5.0 and float(after) >= 90.0
+    assert "held-out prompt → before | after | right answer" in quickstart
+    ((weights, asked),) = re.findall(r"python -m engine.generate --model (\S+) --prompt \"([^\"]+)\"", quickstart)
+    assert asked == "Backwards: stone" and f"weights: {weights}" in quickstart
+    assert newcomer("engine.generate", "--model", weights, "--prompt", "Uppercase: stone").strip() == "STONE"
+
+
+@pytest.mark.timeout(900)
+def test_quickstart_of_dpo_starts_from_these_weights_and_learns(quickstart: str, newcomer: Callable[..., str]) -> None:
+    said = newcomer("engine", "algorithm=dpo")
+    assert "running it first" not in said and "reference: computing" in said
+    found = re.findall(r"validation/loss ([\d.]+)  validation/accuracy ([\d.]+)  validation/margin (-?[\d.]+)", said)
+    accuracies, margins = ([float(line[i]) for line in found] for i in (1, 2))
+    assert len(found) == 6 and accuracies[0] == 0 and abs(margins[0]) < 1e-3
+    assert accuracies[-1] > 0.9 and margins[-1] > margins[1] > 0.5
+    ((before, after),) = re.findall(r"held-out prompts: ([\d.]+)% → ([\d.]+)%", said)
+    assert float(after) > float(before) - 3
 
 
 def test_tasks_are_the_same_everywhere() -> None:

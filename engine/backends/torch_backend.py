@@ -161,6 +161,17 @@ class TorchBackend:
         return StepMetrics(loss=loss, sums=sums, units=units)
 
     @torch.no_grad()
+    def sequence_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Return the log-probability of each document's trained tokens, summed, without gradients; float32 [S]."""
+        self.root.eval()
+        batch = batch.to(self.device)
+        logprobs_N, weights_N = self.root(self.root.logprobs, batch), batch.targets.weights_N
+        self.weights.rest()
+        return reference.sums_by_group(
+            logprobs_N if weights_N is None else logprobs_N * weights_N, batch.targets.bounds
+        )
+
+    @torch.no_grad()
     def probe(self, samples: Sequence[Sample]) -> None:
         """Hold packed, fused log-probabilities against the model's own logits, one document at a time.
 

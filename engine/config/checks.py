@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import sources
-from engine.config.names import stop
+from engine.config.names import PREFERENCE_LOSSES, stop
 from engine.config.schema import (
     AlgorithmSection,
     BackendSection,
@@ -28,6 +29,18 @@ from engine.config.schema import (
 BUILTIN = "builtin:"
 DATA_FILES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz"}
 MAX_LENGTH = 4096
+DPO_KEYS = (
+    "preference_loss",
+    "reference_policy_kl_penalty",
+    "preference_average_log_probs",
+    "sft_average_log_probs",
+    "preference_loss_weight",
+    "sft_loss_weight",
+    "label_smoothing",
+    "preference_margin",
+    "reference",
+)
+"""Keys of algorithm that have a value with dpo, and none otherwise."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -322,8 +335,73 @@ def _check_horizon(algorithm: AlgorithmSection, data: DataSection) -> list[str]:
     return []
 
 
+def _check_algorithm(algorithm: AlgorithmSection, data: DataSection) -> list[str]:
+    if algorithm.name != "dpo":
+        given = [key for key in DPO_KEYS if getattr(algorithm, key) is not None]
+        return [f"algorithm.{key} is for algorithm=dpo: set it to null, or choose algorithm=dpo." for key in given]
+    unset = [key for key in DPO_KEYS if getattr(algorithm, key) is None]
+    if unset:
+        return [f"algorithm.{key} is not set: algorithm=dpo needs it." for key in unset]
+    problems, packing = _check_preference_loss(algorithm), data.packing
+    if algorithm.preference_loss_weight == 0 and algorithm.sft_loss_weight == 0:
+        problems.append(
+            "algorithm.preference_loss_weight and algorithm.sft_loss_weight are both 0: nothing would be trained."
+        )
+    if (
+        packing.enabled
+        and packing.max_tokens is not None
+        and data.max_length <= packing.max_tokens < 2 * data.max_length
+    ):
+        problems.append(
+            f"data.packing.max_tokens={packing.max_tokens} is smaller than two samples of data.max_length={data.max_length}, and "
+            f"a pair shares a micro-batch: set it to {2 * data.max_length} or more, or lower data.max_length."
+        )
+    return problems
+
+
+def _check_preference_loss(algorithm: AlgorithmSection) -> list[str]:
+    """Look at the loss and at the knobs that it does not have; of the user's own, any may be meant."""
+    loss, problems = algorithm.preference_loss or "", list[str]()
+    module, colon, function = loss.partition(":")
+    if colon:
+        if not (module and function.isidentifier()):
+            return [f"algorithm.preference_loss={loss} is not of the form module:function."]
+        return _check_reference(algorithm)
+    if loss not in PREFERENCE_LOSSES:
+        near = difflib.get_close_matches(loss, PREFERENCE_LOSSES, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PREFERENCE_LOSSES)}"
+        return [f"algorithm.preference_loss={loss}: no such loss, and no module:function of your own; {remedy}"]
+    if algorithm.label_smoothing and loss not in ("sigmoid", "robust"):
+        problems.append(f"algorithm.label_smoothing is for the losses sigmoid and robust, not {loss}: set it to 0.")
+    if algorithm.preference_margin and loss != "simpo":
+        problems.append(f"algorithm.preference_margin is for the loss simpo, not {loss}: set it to 0.")
+    if not PREFERENCE_LOSSES[loss]:
+        return problems
+    if algorithm.reference == "none":
+        free = " or ".join(name for name, needed in PREFERENCE_LOSSES.items() if not needed)
+        problems.append(
+            f"algorithm.reference=none: the loss {loss} needs a reference; set algorithm.reference=initial, or choose "
+            f"algorithm.preference_loss={free}."
+        )
+    return problems + _check_reference(algorithm)
+
+
+def _check_reference(algorithm: AlgorithmSection) -> list[str]:
+    """Look into the folder of a reference that has one."""
+    path = algorithm.reference or ""
+    folder = None if path in ("initial", "none") else local_model_folder(path)
+    if folder is None or os.path.isfile(folder / "config.json"):
+        return []
+    near = difflib.get_close_matches(path, ("initial", "none"), 1)
+    return [
+        f"algorithm.reference={path}: must be initial, none, a model folder (no config.json there) or a hub id of the form "
+        "owner/name" + (f"; did you mean {near[0]}?" if near else "")
+    ]
+
+
 CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
     _check_horizon: ("algorithm", "data"),
+    _check_algorithm: ("algorithm", "data"),
     _check_sizes: ("algorithm", "train", "data"),
     _check_schedule: ("scheduler", "optimizer"),
     _check_data: ("data", "checkpoint"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART_DPO = "recipe=quickstart_dpo"
 
 
 def resource(name: str) -> Path:
@@ -135,10 +136,23 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def with_quickstart(overrides: list[str]) -> list[str]:
-    """Return the overrides with the quickstart recipe added where neither model, data nor recipe is chosen."""
+    """Return the overrides with the quickstart recipe of the algorithm added where neither model, data nor recipe is chosen."""
     chosen = {o.split("=", 1)[0].lstrip("+") for o in overrides}
     named = {"model", "data", "recipe", "model.path", "data.train_path", "data.train"}
-    return overrides if chosen & named else [*overrides, "recipe=quickstart"]
+    if chosen & named:
+        return overrides
+    if "algorithm=dpo" not in overrides:
+        return [*overrides, "recipe=quickstart"]
+    weights = quickstart_weights()
+    start = [f"model.path={weights}", "model.init=pretrained"] if weights is not None else []
+    own = [word for word in overrides if word != "algorithm=dpo"]  # the recipe chooses it, and has values of its own
+    return [*own, QUICKSTART_DPO, *start]
+
+
+def quickstart_weights() -> Path | None:
+    """Return the weights of the newest quickstart that has ended in the working folder."""
+    found = [file.parent for file in Path("outputs").glob("quickstart-*/hf/config.json")]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override], list[str]]:

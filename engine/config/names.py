@@ -87,12 +87,22 @@ FOREIGN_NAMES = {
     "lr_warmup_steps": "scheduler.warmup_steps",
     "num_warmup_steps": "scheduler.warmup_steps",
     "report_to": "logger.backends",
+    "beta": "algorithm.reference_policy_kl_penalty",
+    "loss_type": "algorithm.preference_loss",
+    "rpo_alpha": "algorithm.sft_loss_weight",
+    "simpo_gamma": "algorithm.preference_margin",
+    "ref_model": "algorithm.reference",
+    "reference_free": "algorithm.reference=none",
     "policy": "model, train and optimizer",
     "sft": "algorithm=sft",
+    "dpo": "algorithm=dpo",
     "trainer": "run, train and algorithm",
     "checkpointing": "checkpoint",
 }
 """Key elsewhere (a leaf or a group) → the key here."""
+
+PREFERENCE_LOSSES = {"sigmoid": True, "ipo": True, "hinge": True, "robust": True, "simpo": False, "orpo": False}
+"""The losses of ``engine.objectives.preference_losses`` → whether each needs a reference."""
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:

@@ -90,7 +90,7 @@ class PackingSection(Section):
     enabled: bool
     """True: samples are packed without padding; false: padded micro-batches of train.micro_batch_size."""
     max_tokens: Count | None
-    """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length."""
+    """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length (twice that for pairs)."""
 
 
 class SourceSection(Section):
@@ -121,6 +121,9 @@ class SourceSection(Section):
     system_prompt: str | None = None
     input_key: str | None = None
     output_key: str | None = None
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    ties: Literal["drop", "error"] = "drop"
 
 
 class DataSection(Section):
@@ -157,9 +160,13 @@ class DataSection(Section):
     system_prompt: str | None
     """System prompt of rows that have none of their own."""
     input_key: str | None
-    """Column of the question (response)."""
+    """Column of the question (response), or of the prompt (binary_preference; null: prompt)."""
     output_key: str | None
     """Column of the answer (response)."""
+    chosen_key: str
+    """Column of the better answer (binary_preference, pairs of sharegpt)."""
+    rejected_key: str
+    """Column of the worse answer (binary_preference, pairs of sharegpt)."""
     max_length: Count
     """Longest sample in tokens; null: 4096, or what the model reads if that is less."""
     overlong: Literal["drop", "truncate", "error"]
@@ -176,6 +183,8 @@ class DataSection(Section):
     """Put the end-of-sequence token after a sample that lacks it; trained where the last turn is."""
     packing: PackingSection
     """Packing of samples into micro-batches."""
+    ties: Literal["drop", "error"]
+    """A pair whose completions have the same rank: drop it, counted, or treat it as a bad row."""
     bad_rows: Literal["error", "skip"]
     """A row that cannot be used: stop and name the first ten, or skip it, counted and listed in the run folder."""
     cache: Literal["use", "rebuild", "off"]
@@ -189,8 +198,8 @@ class DataSection(Section):
 class AlgorithmSection(Section):
     """How long to train and when to validate."""
 
-    name: Literal["sft"]
-    """Objective: sft."""
+    name: Literal["sft", "dpo"]
+    """Objective: sft (docs/data.md), dpo (docs/objectives.md)."""
     max_num_steps: NonNegative | None
     """Optimizer steps; with max_num_epochs, whichever comes first."""
     max_num_epochs: Positive | None
@@ -207,6 +216,24 @@ class AlgorithmSection(Section):
     """Validate before the first step."""
     val_at_end: bool
     """Validate after the last step."""
+    preference_loss: str | None
+    """dpo: sigmoid, ipo, hinge, robust, simpo, orpo, or a further one (docs/objectives.md)."""
+    reference_policy_kl_penalty: Positive | None
+    """dpo: β, how strongly the policy is held to the reference."""
+    preference_average_log_probs: bool | None
+    """dpo: divide an answer's log-probability by its number of tokens in the preference loss."""
+    sft_average_log_probs: bool | None
+    """dpo: the same in the SFT term."""
+    preference_loss_weight: Annotated[Number, Field(ge=0)] | None
+    """dpo: weight of the preference loss."""
+    sft_loss_weight: Annotated[Number, Field(ge=0)] | None
+    """dpo: weight of the SFT term, the negative log-likelihood of the chosen answers."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None
+    """dpo: share of the pairs that may be the wrong way round (sigmoid: conservative DPO; robust)."""
+    preference_margin: Number | None
+    """dpo: γ, the margin of simpo by which chosen is to exceed rejected."""
+    reference: str | None
+    """dpo: initial (the weights that training starts from), none, or a model folder or hub id."""
 
 
 class TrainSection(Section):
@@ -350,6 +377,6 @@ class RunConfig(Section):
     logger: LoggerSection
 
 
-def max_tokens_per_micro_batch(data: DataSection) -> int:
-    """Return the capacity of a packed micro-batch in tokens."""
-    return data.packing.max_tokens or max(4096, data.max_length)
+def max_tokens_per_micro_batch(data: DataSection, together: int = 1) -> int:
+    """Return the capacity of a packed micro-batch in tokens, where so many documents stay together (2: pairs)."""
+    return data.packing.max_tokens or max(4096, together * data.max_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,6 +45,11 @@ def collate_padded(samples: Sequence[Sample]) -> MicroBatch:
         position_ids=np.broadcast_to(np.arange(longest), input_ids.shape),
         attention_mask=mask,
     )
+
+
+def with_reference(batch: MicroBatch, sums: NDArray[np.float32]) -> MicroBatch:
+    """Return a micro-batch with the reference's log-probability of each of its documents [S]."""
+    return replace(batch, targets=replace(batch.targets, reference_S=torch.from_numpy(sums)))
 
 
 def empty_micro_batch(*, padded: bool) -> MicroBatch:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from engine.config.schema import DataSection, SourceSection
 from engine.data import oasst, readers, rows
-from engine.data.conversation import Conversation, Dropped, RowError
+from engine.data.conversation import Conversation, Dropped, Pair, RowError, Tokens
 from engine.data.encode import Encoder
 from engine.data.samples import SCHEMA, Summary, trained_positions, view
 from engine.errors import RunError, UserError
@@ -147,7 +147,7 @@ def encode(reader: readers.ReaderSpec, encoder: Encoder, source: SourceSection, 
         samples += encoded.samples
         turns += range(len(encoded.samples))
         group = row.get(oasst.TREE) if reader.gather is not None else None
-        hashes += [_hash(group or (vars(item) if isinstance(item, Conversation) else item))] * len(encoded.samples)
+        hashes += [_hash(group or _content(item))] * len(encoded.samples)
     columns: Mapping[str, Any] = {
         "input_ids": [s.input_ids for s in samples],
         "trained": [s.trained.reshape(-1) for s in samples],
@@ -177,6 +177,13 @@ def _numbers(table: pa.RecordBatch, name: str) -> NDArray[Any]:
         return view(column.value_lengths())
     values = column.flatten() if pa.types.is_list(column.type) else column
     return view(values, np.dtype(values.type.to_pandas_dtype()).type)
+
+
+def _content(item: Conversation | Pair | Tokens) -> Any:
+    """Return what a row's hash is of."""
+    if isinstance(item, Pair):
+        return [vars(side) for side in item]
+    return vars(item) if isinstance(item, Conversation) else item
 
 
 def _hash(content: Any) -> int:

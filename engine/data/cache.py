@@ -275,6 +275,7 @@ def _key(config: RunConfig, source: SourceSection, template: str | None) -> str:
         "source": source.model_dump(exclude=NOT_IN_KEY),
         "template": [template, model.template_args, model.trust_remote_code],
         "settings": [data.max_length, data.overlong, data.train_on, data.add_bos, data.add_eos],
+        "algorithm": config.algorithm.name,  # pairs or conversations
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

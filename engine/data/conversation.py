@@ -59,6 +59,13 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
 
+class Pair(NamedTuple):
+    """Two conversations that differ in their last turn alone."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
 class Tokens(NamedTuple):
     """A sample that comes tokenised."""
 

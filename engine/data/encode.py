@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config.schema import RunConfig
-from engine.data.conversation import Conversation, Dropped, RowError, Tokens, check
+from engine.data.conversation import Conversation, Dropped, Pair, RowError, Tokens, check
 from engine.data.render import placeholder
-from engine.data.template import Span, Template
+from engine.data.template import Document, Span, Template
 from engine.errors import UserError
 from engine.types import Sample
 
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
     """What became of a row."""
 
     samples: list[Sample]
-    """Its documents in order, at least one."""
+    """Its documents in order, at least one; of a pair chosen and rejected."""
     cut: bool = False
     """Whether a document was cut to data.max_length."""
     split: bool = False
@@ -112,12 +112,12 @@ class TokenMask:
 
 
 class Encoder:
-    """Turns conversations into samples.
+    """Turns conversations, and pairs of them, into samples.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
         template: "default" for the tokenizer's own, None to concatenate contents, or Jinja text.
-        config: Its ``data`` and ``model.template_args``.
+        config: Its ``data``, ``algorithm.name`` and ``model.template_args``.
 
     Raises:
         UserError: If the tokenizer lacks what the recipe asks for.
@@ -130,25 +130,29 @@ class Encoder:
             self.tool_template = Template(tokenizer, template, variables, tools=True)
         self.mask = TokenMask(tokenizer)
         self.data = config.data
+        self.takes_pairs = config.algorithm.name == "dpo"
         self.num_ids = len(tokenizer)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         for key, token in (("add_bos", self.bos), ("add_eos", self.eos)):
             if getattr(self.data, key) and token is None:
                 raise UserError(f"data.{key}=true: the tokenizer in {tokenizer.name_or_path} has no such token.")
 
-    def __call__(self, item: Conversation | Tokens) -> Encoded:
+    def __call__(self, item: Conversation | Pair | Tokens) -> Encoded:
         """Encode a row.
 
         Raises:
             RowError: If it cannot be used, or its turns not masked exactly.
             Dropped: If nothing of it is left to train on; the reason is what is counted.
         """
+        if isinstance(item, Pair) != self.takes_pairs:
+            raise RowError(_NO_PAIR if self.takes_pairs else _PAIR)
+        if isinstance(item, Pair):
+            return self._pair(item)
         if isinstance(item, Tokens):
             sample, cut = self._tokens(item)
             return Encoded([sample], cut)
         check(item, self.data.train_on)
-        template = self.template if item.tools is None else self.tool_template
-        documents = template.documents(item, self.data.train_on)
+        documents = self._template(item).documents(item, self.data.train_on)
         samples: list[Sample] = []
         lost: list[Dropped | _NothingToTrain] = []
         cut = False
@@ -167,6 +171,49 @@ class Encoder:
             raise next((reason for reason in reversed(lost) if isinstance(reason, Dropped)), lost[-1])
         reasons = ("nothing to train" if isinstance(reason, _NothingToTrain) else str(reason) for reason in lost)
         return Encoded(samples, cut, len(documents) > 1, tuple(reasons))
+
+    def _template(self, item: Conversation) -> Template:
+        return self.template if item.tools is None else self.tool_template
+
+    def _pair(self, pair: Pair) -> Encoded:
+        """Encode a pair: of each side the final answer alone is trained, behind a prompt that both have."""
+        documents = [self._side(side, name) for name, side in zip(Pair._fields, pair, strict=True)]
+        prompts = [text[: spans[0].start if spans else len(text)] for text, spans, _ in documents]
+        shorter, longer = sorted(prompts, key=len)  # Qwen3 puts an empty block before an answer without reasoning
+        if not longer.startswith(shorter):
+            raise RowError(
+                "no common prompt after the template: it shows chosen and rejected differently before their answers; give another "
+                "by model.chat_template"
+            )
+        samples, cuts = [], []
+        for name, document in zip(Pair._fields, documents, strict=True):
+            tokens = self.mask.encode(document.text, document.spans)
+            try:
+                sample, cut = self._finish(tokens.ids, tokens.weights, document.last_weight, (document.text, tokens))
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from error
+            samples.append(sample)
+            cuts.append(cut)
+        if np.array_equal(samples[0].input_ids, samples[1].input_ids):
+            raise Dropped("chosen and rejected are the same")
+        return Encoded(samples, any(cuts))
+
+    def _side(self, side: Conversation, name: str) -> Document:
+        """Return the rendering of one side of a pair."""
+        for i, turn in enumerate(side.messages):
+            for key in ("train", "weight"):
+                if key in turn:
+                    raise RowError(
+                        f"{name}: messages[{i}].{key} has no meaning in a pair, whose final answers alone are trained; leave it out"
+                    )
+        if side.messages[-1]["role"] != "assistant":
+            raise RowError(f"{name} must end with an assistant turn")
+        try:
+            (document,) = self._template(side).documents(side, "last_assistant")
+        except RowError as error:
+            reason = str(error).replace(_NOT_IN_PAIRS, "")
+            raise RowError(f"{name}: {reason}") from error
+        return document
 
     def _tokens(self, item: Tokens) -> tuple[Sample, bool]:
         """Return the sample of a row that came tokenised, and whether it was cut."""
@@ -249,6 +296,19 @@ class Encoder:
                 text += template.render([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]) + "\n"
         found = re.split("|".join([*marks, *map(re.escape, self.template.special), r"\s+"]), text)
         return sorted({word for word in found if len(word) > 1 and not word.isalnum()})
+
+
+_NOT_IN_PAIRS = ", or set train: false on that message"
+"""The end of sentences about a turn that cannot be masked."""
+_NO_PAIR = (
+    "algorithm=dpo needs pairs of a chosen and a rejected answer, and this row is none; give a data set of pairs (data=preference, "
+    "binary_preference, …), or choose algorithm=sft"
+)
+_PAIR = (
+    "this row is a pair of a chosen and a rejected answer; choose algorithm=dpo, or train on the chosen ones alone: "
+    "data.reader=response data.input_key=prompt data.output_key=chosen, or, where they are whole conversations, "
+    "data.reader=messages data.chat_key=chosen"
+)
 
 
 class _NothingToTrain(RowError):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config.schema import DataSection, max_tokens_per_micro_batch
-from engine.data.batch import collate_packed, collate_padded
+from engine.data.batch import collate_packed, collate_padded, with_reference
 from engine.data.plan import Assignment, Plan, assign, assign_padded, bin_costs, imbalance
 from engine.data.samples import DataSet
 from engine.errors import UserError
@@ -30,6 +30,7 @@ class Loader:
         ranks: Data-parallel ranks.
         attention_length: Tokens at which a document's attention costs as much as all the rest, about 12 times the model's
             hidden size; see ``plan.cost``. Alike on every rank.
+        together: Documents of each conversation, which share a micro-batch: 2 for pairs; 1: any document goes anywhere.
     """
 
     data: DataSet
@@ -39,6 +40,7 @@ class Loader:
     rank: int = 0
     ranks: int = 1
     attention_length: float = math.inf
+    together: int = 1
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step, counted from 0: equally many on every rank, some perhaps empty."""
@@ -51,10 +53,17 @@ class Loader:
 
     def assign(self, documents: NDArray[np.int64]) -> Assignment:
         """Return the micro-batches of all ranks for some documents, as indices into ``documents``."""
-        lengths = self.data.lengths[documents]
+        lengths = self.data.lengths[documents].reshape(-1, self.together)
         if self.capacity is None:
-            return assign_padded(lengths, self.micro_batch_size, self.ranks, self.attention_length)
-        return assign(lengths, capacity=self.capacity, ranks=self.ranks, attention_length=self.attention_length)
+            found = assign_padded(lengths.max(1), self.micro_batch_size, self.ranks, self.attention_length)
+        else:
+            found = assign(
+                lengths.sum(1), capacity=self.capacity, ranks=self.ranks, attention_length=self.attention_length
+            )
+        if self.together == 1:
+            return found
+        own = range(self.together)
+        return [[[i * self.together + k for i in group for k in own] for group in steps] for steps in found]
 
     def imbalance(self, step: int) -> float:
         """Return the share of a step's time that the plan loses to the slowest rank; reads lengths alone."""
@@ -76,7 +85,8 @@ class Loader:
 
     def _collate(self, documents: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
         samples = [self.data[int(i)] for i in documents]
-        return collate_padded(samples) if self.capacity is None else collate_packed(samples)
+        batch = collate_padded(samples) if self.capacity is None else collate_packed(samples)
+        return batch if self.data.reference is None else with_reference(batch, self.data.reference[documents])
 
 
 def train_loader(
@@ -89,6 +99,7 @@ def train_loader(
     rank: int = 0,
     ranks: int = 1,
     attention_length: float = math.inf,
+    together: int = 1,
 ) -> Loader:
     """Return the loader of the training data.
 
@@ -101,6 +112,7 @@ def train_loader(
         rank: Data-parallel rank.
         ranks: Data-parallel ranks.
         attention_length: About 12 times the model's hidden size; see ``Loader``.
+        together: Documents of each conversation, which share a micro-batch.
 
     Raises:
         UserError: If the data does not fill one batch.
@@ -127,11 +139,12 @@ def train_loader(
     return Loader(
         data=data,
         plan=plan,
-        capacity=_capacity(section),
+        capacity=_capacity(section, together),
         micro_batch_size=micro_batch_size,
         rank=rank,
         ranks=ranks,
         attention_length=attention_length,
+        together=together,
     )
 
 
@@ -144,19 +157,21 @@ def val_loader(
     rank: int = 0,
     ranks: int = 1,
     attention_length: float = math.inf,
+    together: int = 1,
 ) -> Loader:
     """Return the loader of the validation data: in the file's order, nothing left out, however few for the ranks."""
     plan = Plan(sizes=[sum(data.sizes)], batch_size=batch_size, shuffle=False, drop_last=False)
     return Loader(
         data=data,
         plan=plan,
-        capacity=_capacity(section),
+        capacity=_capacity(section, together),
         micro_batch_size=micro_batch_size,
         rank=rank,
         ranks=ranks,
         attention_length=attention_length,
+        together=together,
     )
 
 
-def _capacity(section: DataSection) -> int | None:
-    return max_tokens_per_micro_batch(section) if section.packing.enabled else None
+def _capacity(section: DataSection, together: int) -> int | None:
+    return max_tokens_per_micro_batch(section, together) if section.packing.enabled else None

@@ -80,6 +80,10 @@ class Plan:
         whole, rest = divmod(sum(self.quotas), self.batch_size)
         return whole + bool(rest and not self.drop_last)
 
+    def size(self, step: int) -> int:
+        """Return the number of conversations of a step."""
+        return min(self.batch_size, sum(self.quotas) - step % self.steps_per_epoch * self.batch_size)
+
     def members(self, step: int) -> NDArray[np.int64]:
         """Return the indices of the conversations of a step, source by source.
 
@@ -88,7 +92,7 @@ class Plan:
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.batch_size
-        first, last = self._drawn(start), self._drawn(min(start + self.batch_size, sum(self.quotas)))
+        first, last = self._drawn(start), self._drawn(start + self.size(step))
         found, offset = [], 0
         for i, size in enumerate(self.sizes):
             seen = epoch * self.quotas[i]

@@ -1,25 +1,26 @@
-"""From a row of some data set to a conversation in the OpenAI chat format, or to tokens.
+"""From a row of some data set to a conversation in the OpenAI chat format, to a pair of them, or to tokens.
 
-A reader is a function from a row (a dict) to a list of messages, to ``{"messages": …, "tools": …}`` or to
-``{"input_ids": …, "labels": …}``; it raises RowError, saying what it expected, on a row it cannot use, and Dropped on one
-that is of no use.
+A reader is a function from a row (a dict) to a list of messages, to ``{"messages": …, "tools": …}``, to
+``{"chosen": messages, "rejected": messages, "tools": …}`` or to ``{"input_ids": …, "labels": …}``; it raises RowError, saying
+what it expected, on a row it cannot use, and Dropped on one that is of no use.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from engine import plugins
 from engine.config.schema import SourceSection
-from engine.data import oasst
-from engine.data.conversation import Conversation, Dropped, Message, Row, RowError, Tokens, as_written, load, normal
+from engine.data import oasst, preferences
+from engine.data.conversation import Conversation, Dropped, Message, Pair, Row, RowError, Tokens, normal
+from engine.data.turns import columns, listed, spoken
 from engine.errors import UserError
 
-Made = list[Message] | Mapping[str, Any] | Tokens
+Made = list[Message] | Mapping[str, Any] | Pair | Tokens
 
 UNTRAINED = -100
 """Label of a token without loss."""
@@ -33,13 +34,6 @@ PAIRS = (
     ("instruction", "response"),
 )
 """Columns of a question and its answer, the first that a row has."""
-SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-    "system": "system",
-}
-"""Roles of ShareGPT's ``from``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class ReaderSpec:
 
 def messages(row: Mapping[str, Any], source: SourceSection, *, key: str = "messages") -> list[Message]:
     """Read ``{"messages": [{"role": …, "content": …}, …]}``."""
-    return _turns(row, source.chat_key or key)
+    return listed(row, source.chat_key or key)
 
 
 def response(
@@ -98,23 +92,7 @@ def alpaca(
 def sharegpt(row: Mapping[str, Any], source: SourceSection, *, key: str = "conversations") -> list[Message]:
     """Read ``{"conversations": [{"from": …, "value": …}, …]}``, with turns that call functions and observe their results."""
     key = source.chat_key or key
-    turns = []
-    for i, turn in enumerate(_turns(row, key)):
-        if not isinstance(turn, dict) or "from" not in turn:
-            raise RowError(f"{key}[{i}] must be an object with 'from' and 'value', got {turn!r:.80}")
-        speaker, value = turn["from"], turn.get("value")
-        if not isinstance(speaker, str) or speaker not in SPEAKERS:
-            raise RowError(f"{key}[{i}].from is {speaker!r}; known are {', '.join(SPEAKERS)}")
-        made: Message = {"role": SPEAKERS[speaker], "content": value}
-        if speaker == "function_call":
-            calls = as_written(value, f"{key}[{i}].value") if isinstance(value, str) else value
-            if not calls:
-                raise RowError(f"{key}[{i}].value must be a function call or a list of them, got {value!r:.80}")
-            made |= {"content": "", "tool_calls": [calls] if isinstance(calls, dict) else calls}
-        elif not isinstance(value, str):
-            raise RowError(f"{key}[{i}].value must be a string, got {value!r:.80}")
-        turns.append({**made, **{k: turn[k] for k in ("train", "weight") if k in turn}})
-    return turns
+    return spoken(listed(row, key), key)
 
 
 def squad(row: Mapping[str, Any], source: SourceSection) -> list[Message]:
@@ -137,7 +115,7 @@ def open_assistant(row: Mapping[str, Any], source: SourceSection) -> list[Messag
     """Read a row that ``oasst.gather`` made."""
     if oasst.DROPPED in row:
         raise Dropped(row[oasst.DROPPED])
-    return _turns(row, "messages")
+    return listed(row, "messages")
 
 
 def pretokenized(row: Mapping[str, Any], source: SourceSection | None = None) -> Tokens:
@@ -181,6 +159,9 @@ READERS: dict[str, ReaderSpec] = {
     "pretokenized": ReaderSpec(pretokenized),
     "open_assistant": ReaderSpec(open_assistant, gather=oasst.gather),
     "squad": ReaderSpec(squad),
+    "preference": ReaderSpec(preferences.preference),
+    "binary_preference": ReaderSpec(preferences.binary_preference),
+    "helpsteer3": ReaderSpec(preferences.helpsteer3),
 }
 COLUMNS: dict[str, tuple[str, ...]] = {
     "pretokenized": ("input_ids",),
@@ -212,10 +193,12 @@ def find(source: SourceSection, first_row: Mapping[str, Any], where: str) -> tup
         found = _pair(source, first_row)
         if found is None:
             raise UserError(
-                f"{where}: no columns of a question and its answer are known among these ({_columns(first_row)}); set "
+                f"{where}: no columns of a question and its answer are known among these ({columns(first_row)}); set "
                 "data.input_key and data.output_key."
             )
         return found
+    if source.reader == "sharegpt" and preferences.is_sharegpt(first_row, source):
+        return preferences.SHAREGPT, ReaderSpec(preferences.sharegpt)
     if source.reader in ("messages", "sharegpt") and source.chat_key is None:
         name, key = _chat(source, first_row) or ("", "")
         if name == source.reader:
@@ -227,8 +210,8 @@ def find(source: SourceSection, first_row: Mapping[str, Any], where: str) -> tup
     return source.reader, ReaderSpec(partial(_call, plugins.load(source.reader, "data.reader")), own=True)
 
 
-def convert(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> Conversation | Tokens:
-    """Read a row: the conversation in normal form, with the system prompt it lacks, or its tokens.
+def convert(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> Conversation | Pair | Tokens:
+    """Read a row: the conversation in normal form, with the system prompt it lacks, or a pair of such, or its tokens.
 
     Raises:
         RowError: If the row cannot be used.
@@ -237,25 +220,48 @@ def convert(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> 
     made = _own(spec, row, source) if spec.own else spec.read(row, source)
     if isinstance(made, Tokens):
         return made
-    if isinstance(made, list):
-        turns, tools = made, None if spec.own else row.get(source.tool_key)
-    elif isinstance(made, Mapping) and "input_ids" in made:
+    own_tools = None if spec.own else row.get(source.tool_key)
+    prompt = _system_prompt(row, source)
+    if isinstance(made, Mapping) and "input_ids" in made:
         return pretokenized(made)
-    elif isinstance(made, Mapping) and "messages" in made:
-        turns, tools = made["messages"], made.get("tools")
-    else:
-        raise RowError(
-            f"data.reader must return a list of messages, {{'messages', 'tools'}} or {{'input_ids', 'labels'}}, got {made!r:.80}"
-        )
-    if isinstance(turns, list) and turns and not _opens_with_system(turns):
-        own_prompt = row.get(source.system_key)
-        prompt = own_prompt if isinstance(own_prompt, str) and own_prompt else source.system_prompt
-        if prompt:
-            turns = [{"role": "system", "content": prompt}, *turns]
+    if isinstance(made, Mapping) and "chosen" in made and "rejected" in made:
+        made = Pair(*(Conversation(made[side], made.get("tools")) for side in Pair._fields))
+    if isinstance(made, Pair):
+        sides = []
+        for name, side in zip(Pair._fields, made, strict=True):
+            try:
+                sides.append(_normal(side.messages, own_tools if side.tools is None else side.tools))
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from error
+        return Pair(*(_after(prompt, side) for side in preferences.checked(Pair(*sides))))
+    if isinstance(made, list):
+        return _after(prompt, _normal(made, own_tools))
+    if isinstance(made, Mapping) and "messages" in made:
+        return _after(prompt, _normal(made["messages"], made.get("tools")))
+    raise RowError(
+        "data.reader must return a list of messages, {'messages', 'tools'}, {'chosen', 'rejected', 'tools'} or "
+        f"{{'input_ids', 'labels'}}, got {made!r:.80}"
+    )
+
+
+def _normal(turns: Any, tools: Any) -> Conversation:
     try:
         return normal(turns, tools)
     except RecursionError as error:
         raise RowError("its tools or tool calls are nested too deeply to be read; flatten them") from error
+
+
+def _system_prompt(row: Mapping[str, Any], source: SourceSection) -> str | None:
+    own = row.get(source.system_key)
+    return own if isinstance(own, str) and own else source.system_prompt
+
+
+def _after(prompt: str | None, conversation: Conversation) -> Conversation:
+    """Return a conversation with the system prompt, if it opens with none of its own."""
+    turns = conversation.messages
+    if not prompt or turns[0]["role"] in ("system", "developer"):
+        return conversation
+    return Conversation([*normal([{"role": "system", "content": prompt}]).messages, *turns], conversation.tools)
 
 
 def _call(function: Callable[[Mapping[str, Any]], Made], row: Mapping[str, Any], source: SourceSection) -> Made:
@@ -273,43 +279,27 @@ def _own(spec: ReaderSpec, row: Mapping[str, Any], source: SourceSection) -> Any
         ) from error
 
 
-def _opens_with_system(turns: list[Any]) -> bool:
-    return isinstance(turns[0], dict) and turns[0].get("role") in ("system", "developer")
-
-
-def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
-    """Return a column that holds a list, or a JSON string of one."""
-    value = row.get(key)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = load(value, key)
-    if not isinstance(value, list):
-        raise RowError(f"no list {key!r} (the columns are {_columns(row)})")
-    if not value:
-        raise RowError(f"{key!r} is empty")
-    return value
-
-
-def _columns(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
 def _recognised(source: SourceSection, row: Mapping[str, Any], where: str) -> tuple[str, ReaderSpec]:
+    preferred = preferences.recognised(row, source) if source.chat_key is None else None
+    if preferred is not None:
+        name, said = preferred
+        return said, ReaderSpec(preferences.sharegpt) if name == "sharegpt" else READERS[name]
     chat = _chat(source, row) if not (source.input_key or source.output_key) else None
     if chat is not None:
         return _keyed(*chat)
     if source.chat_key is None:
         if not (source.input_key or source.output_key):
-            for name, columns in COLUMNS.items():
-                if set(columns) <= set(row):
+            for name, own in COLUMNS.items():
+                if set(own) <= set(row):
                     return name, READERS[name]
         found = _pair(source, row)
         if found is not None:
             return found
     pairs = ", ".join(" and ".join(map(repr, pair)) for pair in PAIRS)
     raise UserError(
-        f"{where}: no known format has these columns ({_columns(row)}); a row holds 'messages', 'conversations', 'input_ids', "
-        f"'instruction' and 'output', {pairs}, or set data.reader ({', '.join(READERS)}, or module:function of your own) and its "
-        "keys."
+        f"{where}: no known format has these columns ({columns(row)}); a row holds 'messages', 'conversations', 'input_ids', "
+        f"'instruction' and 'output', {pairs}, 'chosen' and 'rejected', or set data.reader ({', '.join(READERS)}, or "
+        "module:function of your own) and its keys."
     )
 
 

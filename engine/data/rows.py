@@ -22,7 +22,12 @@ from engine.data import tasks, textfile
 from engine.data.conversation import Row as Row
 from engine.errors import UserError
 
-BUILTIN_ROWS = {"tasks/train": (40_000, 0), "tasks/heldout": (400, 2026)}
+BUILTIN_ROWS = {
+    "tasks/train": (40_000, 0),
+    "tasks/heldout": (400, 2026),
+    "task_pairs/train": (8_000, 1),
+    "task_pairs/heldout": (400, 2026),
+}
 """Number of rows and seed of each built-in set."""
 KINDS = {
     ".json": "json",
@@ -213,7 +218,9 @@ def _builtin(path: str) -> Iterator[Row]:
     name = path.removeprefix(BUILTIN)
     if name not in BUILTIN_ROWS:
         raise UserError(f"data: {path} is no built-in set; there is {', '.join(BUILTIN + n for n in BUILTIN_ROWS)}.")
-    for i, row in enumerate(tasks.generate(name.removeprefix("tasks/"), *BUILTIN_ROWS[name])):
+    kind, _, split = name.partition("/")
+    make = tasks.generate if kind == "tasks" else tasks.generate_pairs
+    for i, row in enumerate(make(split, *BUILTIN_ROWS[name])):
         yield f"{path} row {i + 1}", row
 
 

@@ -113,7 +113,7 @@ class Samples:
     @cached_property
     def firsts(self) -> NDArray[np.int64] | None:
         """The first document of each conversation, and the number of documents; None: each conversation is one document."""
-        if not self.summary.split:
+        if self.summary.documents == self.summary.used:
             return None
         turns = _column(self._table, "turn", np.int32)
         return np.append(np.flatnonzero(turns == 0), len(turns))
@@ -172,6 +172,8 @@ class DataSet:
         lengths = [part.samples.lengths for part in parts]
         self.lengths: NDArray[np.int32] = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
         """Tokens of each document."""
+        self.reference: NDArray[np.float32] | None = None
+        """Log-probability of each document's trained tokens under the reference, summed; NaN where it is not known."""
         self._documents = np.cumsum([0, *map(len, lengths)])
         self._conversations = np.cumsum([0, *(part.num_conversations for part in parts)])
 
@@ -221,16 +223,19 @@ class DataSet:
             ]
         )
 
+    def split_documents(self, documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return some documents by part, counted within it."""
+        part_of = np.searchsorted(self._documents, documents, "right") - 1
+        return [documents[part_of == p] - self._documents[p] for p in range(len(self.parts))]
+
     def part_of(self, conversations: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of the part that each conversation belongs to."""
         return np.searchsorted(self._conversations, conversations, "right") - 1
 
     def tokens(self, conversations: NDArray[np.int64]) -> list[int]:
         """Return how many tokens of some conversations come from each part."""
-        documents = self.documents(conversations)
-        part_of = np.searchsorted(self._documents, documents, "right") - 1
-        counted = np.bincount(part_of, weights=self.lengths[documents], minlength=len(self.parts))
-        return [int(n) for n in counted]
+        found = self.split_documents(self.documents(conversations))
+        return [int(part.samples.lengths[own].sum()) for part, own in zip(self.parts, found, strict=True)]
 
 
 def hold_out(part: Part, fraction: float) -> tuple[Part, Part]:

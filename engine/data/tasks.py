@@ -81,6 +81,27 @@ def answer(task: str, text: str) -> str:
     raise ValueError(f"unknown task {task!r}")
 
 
+def corrupted(right: str, draws: _Draws) -> str:
+    """Return a wrong answer that is near a right one: a letter changed, left out, doubled, or two changed about."""
+    while True:
+        i, way = draws.below(len(right)), draws.below(4)
+        if way == 0:
+            wrong = right[:i] + draws.pick("0123456789" if right[i].isdigit() else _like(right[i])) + right[i + 1 :]
+        elif way == 1:
+            wrong = right[:i] + right[i + 1 :]
+        elif way == 2:
+            wrong = right[: i + 1] + right[i:]
+        else:
+            wrong = right[:i] + right[i + 1 : i + 2] + right[i] + right[i + 2 :]
+        if wrong not in ("", right):
+            return wrong
+
+
+def _like(letter: str) -> str:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return letters.upper() if letter.isupper() else letters
+
+
 def _word(draws: _Draws) -> str:
     """Return a pronounceable made-up word, no letter in it twice."""
     while True:
@@ -130,4 +151,23 @@ def generate(split: str, count: int, seed: int) -> list[dict[str, Any]]:
             {"role": "assistant", "content": answer(task, text)},
         ]
         rows.append({"messages": messages, "task": task})
+    return rows
+
+
+def generate_pairs(split: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Make preference rows of the same tasks: the right answer against a corrupted one.
+
+    Args:
+        split: As in ``generate``.
+        count: The number of rows.
+        seed: As in ``generate``.
+
+    Returns:
+        Rows with "prompt", "chosen" and "rejected", strings.
+    """
+    rows = []
+    for index, row in enumerate(generate(split, count, seed)):
+        question, right = (message["content"] for message in row["messages"])
+        wrong = corrupted(right, _Draws(_digest(f"pairs:{split}:{seed}:{index}")))
+        rows.append({"prompt": question, "chosen": right, "rejected": wrong})
     return rows

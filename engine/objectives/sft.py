@@ -11,6 +11,8 @@ class SFT:
     """L = −Σ_t w_t log p(y_t) / Σ_t w_t over the trained tokens of the global batch."""
 
     sequences_per_group = 0
+    needs_reference = False
+    count_metric: str | None = None
 
     def units(self, targets: Targets) -> float:
         """Return the number of trained tokens, weights counted."""

@@ -57,6 +57,7 @@ def test_shares_are_exact_however_an_epoch_is_cut(
     shares = sizes if weights is None else weights
     taken = [0] * len(sizes)
     for step in range(plan.steps_per_epoch):
+        assert plan.size(step) == len(plan.members(step))
         for source, members in enumerate(drawn_by_source(plan, range(step, step + 1))):
             taken[source] += len(members)
         for count, share in zip(taken, shares, strict=True):

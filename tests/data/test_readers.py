@@ -17,7 +17,7 @@ from test_sources import JSON_VALUES, hub_layout, lines, source_of
 
 from engine.config.schema import SourceSection
 from engine.data import readers, rows
-from engine.data.conversation import Conversation, Dropped, RawJson, RowError, Tokens, check, normal
+from engine.data.conversation import Conversation, Dropped, Pair, RawJson, RowError, Tokens, check, normal
 from engine.errors import UserError
 from tests.conftest import ROOT
 
@@ -31,7 +31,7 @@ def _own_folder_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
-def convert(row: dict[str, Any], **keys: Any) -> Conversation | Tokens:
+def convert(row: dict[str, Any], **keys: Any) -> Conversation | Pair | Tokens:
     """Convert one row, its format recognised unless ``reader`` names it."""
     source = source_of("x.jsonl", **keys)
     _, spec = readers.find(source, row, "x.jsonl")
@@ -347,8 +347,9 @@ def test_formats_that_are_not_recognised() -> None:
     assert str(error.value) == (
         "x.jsonl: no known format has these columns ('text', 'id'); a row holds 'messages', 'conversations', 'input_ids', "
         "'instruction' and 'output', 'input' and 'output', 'prompt' and 'completion', 'prompt' and 'response', 'question' and "
-        "'answer', 'problem' and 'solution', 'instruction' and 'response', or set data.reader (messages, response, alpaca, dolly, "
-        "sharegpt, pretokenized, open_assistant, squad, or module:function of your own) and its keys."
+        "'answer', 'problem' and 'solution', 'instruction' and 'response', 'chosen' and 'rejected', or set data.reader (messages, "
+        "response, alpaca, dolly, sharegpt, pretokenized, open_assistant, squad, preference, binary_preference, helpsteer3, or "
+        "module:function of your own) and its keys."
     )
     with pytest.raises(UserError) as error:
         readers.find(
@@ -362,7 +363,7 @@ def test_formats_that_are_not_recognised() -> None:
         readers.find(source_of("x.jsonl", reader="chat"), {"messages": TURNS}, "x.jsonl")
     assert str(error.value) == (
         "data.reader=chat: no such reader; choose messages, response, alpaca, dolly, sharegpt, pretokenized, open_assistant, "
-        "squad or module:function."
+        "squad, preference, binary_preference, helpsteer3 or module:function."
     )
 
 
@@ -626,7 +627,8 @@ def test_a_reader_of_ones_own() -> None:
     with pytest.raises(RowError) as error:
         convert({}, reader="own_readers:wrong")
     assert str(error.value) == (
-        "data.reader must return a list of messages, {'messages', 'tools'} or {'input_ids', 'labels'}, got 'Hi'"
+        "data.reader must return a list of messages, {'messages', 'tools'}, {'chosen', 'rejected', 'tools'} or "
+        "{'input_ids', 'labels'}, got 'Hi'"
     )
     with pytest.raises(UserError, match="data.reader: own_readers:nothing cannot be imported"):
         convert(row, reader="own_readers:nothing")
@@ -855,6 +857,7 @@ def test_arguments_nested_beyond_reason() -> None:
 def test_the_examples_of_the_guide_are_what_they_are_said_to_be() -> None:
     """docs/data.md: two rows a format, each under the format's name."""
     text = (ROOT / "docs" / "data.md").read_text()
+    text = text.partition("### Preference pairs")[0]  # test_preferences.py has the others
     examples = re.findall(r"^\*\*(\w+)\*\* \(.*?```json\n(.*?)```", text, re.M | re.S)
     assert [name for name, _ in examples] == list(EXAMPLES)
     for name, block in examples:
@@ -870,6 +873,7 @@ def test_the_examples_of_the_guide_are_what_they_are_said_to_be() -> None:
             except Dropped as dropped:
                 made.append(str(dropped))
             else:
+                assert not isinstance(one, Pair)
                 made.append(one.trained if isinstance(one, Tokens) else one.messages[-1]["content"])
         assert made == EXAMPLES[name]
 
