@@ -37,7 +37,11 @@ def run_one(overrides: list[str]) -> int:
     """Compose one recipe and run it; the quickstart of DPO begins with that of SFT, if there are no weights of it."""
     try:
         words = compose.with_quickstart(overrides)
-        if compose.QUICKSTART_DPO in words and compose.quickstart_weights() is None:
+        if compose.needs_quickstart(words):
+            if {"RANK", "SLURM_PROCID"} & set(os.environ):
+                raise UserError(
+                    "DPO's quickstart starts from the quickstart's weights, and there are none here; run python -m engine first."
+                )
             print("no quickstart has been run here, whose weights DPO starts from: running it first\n", flush=True)
             code = run_one([])
             if code != EXIT_DONE:

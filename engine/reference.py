@@ -133,11 +133,10 @@ def _sums(
         known = ranks.first(lambda: store.read(wanted.documents) if store else None)
         assert known is not None
         todo = wanted.documents[np.isnan(known)]
-        name = f" of {part.name}" if part.name else ""
         if not len(todo):
-            say(f"reference: all {len(known):,} log-probabilities{name} are there")
+            say(f"reference: all {len(known):,} log-probabilities of {part.name} are there")
             return known
-        say(f"reference: computing {len(todo):,} of {len(known):,} log-probabilities{name}")
+        say(f"reference: computing {len(todo):,} of {len(known):,} log-probabilities of {part.name}")
         model = backend()
         for first in range(0, len(todo), CHUNK * ranks.size):
             chunk = todo[first : first + CHUNK * ranks.size]
@@ -167,7 +166,7 @@ def _compute(
     if not np.isfinite(sums).all():
         worst = int(documents[~np.isfinite(sums)][0])
         raise RunError(
-            f"reference: the log-probability of document {worst} of {part.name} is not finite; look at the weights."
+            f"reference: the log-probability of answer {worst} of {part.name} is not finite; look at the weights."
         )
     return sums
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins, reference
-from engine.checkpoint import Checkpoints
+from engine.checkpoint import Checkpoints, TrainState
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import report
 from engine.data.assemble import Data, Made, assemble
@@ -95,8 +95,8 @@ def _run(
     checkpoints = ranks.together(lambda: Checkpoints(folder.checkpoints, config.checkpoint, ranks))
     closing.append(checkpoints)
     source, state = ranks.first(lambda: folder.resume_from(config))
-    data = _data(config, folder, console, ranks)
     objective = ranks.together(lambda: objectives.build(config.algorithm))
+    data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
     lock = ranks.first(lambda: _receipt(config, data, folder, ranks))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
@@ -112,12 +112,13 @@ def _run(
         lambda: hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
     )
     backend = _backend(config, data.train, ranks)
-    if objective.needs_reference:  # of the weights as they are now: those of a checkpoint come later
-        _attach_reference(config, folder, backend, (train, val), state.total_steps, console, ranks)
     ranks.first(lambda: checkpoints.check_space(backend))
-    ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
         ranks.together(lambda: checkpoint.check_whole(source, ranks))
+    if objective.needs_reference:  # of the weights as they are now: those of a checkpoint come later
+        _attach_reference(config, folder, backend, (train, val), state, console, ranks)
+    ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
+    if source is not None:
         ranks.together(lambda: backend.load(source))
         console.say(f"resuming after step {state.step} of {state.total_steps} from {source}")
     return Trainer(
@@ -169,6 +170,11 @@ def _say_nothing(text: str) -> None:
 def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of this rank's training data and of each validation set."""
     algorithm, sizes = config.algorithm, config.train
+    for name, samples in data.sources.items():
+        if together > 1 and len(samples) != together * samples.num_conversations:
+            raise UserError(
+                f"algorithm={algorithm.name}: {name} has no pairs (format {samples.summary.format}); choose other data."
+            )
     attention_length = hub.attention_length(config.model)
     train = train_loader(
         data.train,
@@ -221,7 +227,7 @@ def _attach_reference(
     folder: RunFolder,
     backend: Backend,
     loaders: tuple[Loader, dict[str, Loader]],
-    steps: int,
+    state: TrainState,
     console: metrics.Console,
     ranks: Ranks,
 ) -> None:
@@ -234,7 +240,7 @@ def _attach_reference(
         chosen = config.model_copy(update={"model": model})
         build = functools.cache(lambda: backends.build(chosen, ranks))
     most = config.algorithm.val_batches
-    seen = [(train, range(steps))]
+    seen = [(train, range(state.step, state.total_steps))]
     seen += [(held, range(min(most or n, n))) for held in val.values() for n in (held.plan.steps_per_epoch,)]
     weights = ranks.first(lambda: weights_fingerprint(chosen))
     reference.attach(chosen, weights, build, seen, folder.path, ranks, console.say)
@@ -283,9 +289,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def remedy(config: RunConfig) -> str:
     """Return the smallest change that makes a step need less memory."""
     packing, longest = config.data.packing, config.data.max_length
-    capacity = max_tokens_per_micro_batch(config.data)
-    if packing.enabled and capacity > longest:
-        return f"set data.packing.max_tokens={max(longest, capacity // 2)}"
+    together = 2 if config.algorithm.name == "dpo" else 1
+    capacity, least = max_tokens_per_micro_batch(config.data, together), together * longest
+    if packing.enabled and capacity > least:
+        return f"set data.packing.max_tokens={max(least, capacity // 2)}"
     if not packing.enabled and config.train.micro_batch_size > 1:
         return f"set train.micro_batch_size={config.train.micro_batch_size // 2}"
     if config.model.recompute == "none":

@@ -152,7 +152,7 @@ def test_a_sweep_over_beta_computes_the_reference_once(dpo: list[str], tmp_path:
         run(dpo, tmp_path / f"{i}", f"algorithm.reference_policy_kl_penalty={beta}")
         said = (tmp_path / f"{i}" / "log.txt").read_text()
         if i:
-            assert "reference: all 80 log-probabilities" in said and not passes
+            assert "reference: all 80 log-probabilities of train are there" in said and not passes
         else:
             assert "reference: computing 80 of 80 log-probabilities" in said and sum(passes) == 80
             passes.clear()
@@ -242,6 +242,24 @@ def test_rows_that_are_no_pairs_are_refused(dpo: list[str], rows_file: Path, tmp
         engine.run([*dpo, "data=messages", f"data.train_path={rows_file}", f"run.dir={tmp_path / 'run'}"])
 
 
+def test_made_up_samples_are_no_pairs(dpo: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"algorithm=dpo: train has no pairs \(format dummy\); choose other data"):
+        engine.run([*dpo, "data=dummy", "data.train_path=builtin:dummy", f"run.dir={tmp_path / 'run'}"])
+
+
+def test_a_prompt_is_held_out_with_all_its_pairs(dpo: list[str], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(3) for i in range(40)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose([*dpo, f"data.train_path={file}", "data.val_fraction=0.3", f"run.dir={tmp_path / 'run'}"]).config
+    (held,) = assemble(config, tmp_path, lambda text: None).validation[""].parts
+    assert held.kept is not None and 9 <= len(held.kept) < 100
+    kept = set(held.kept.tolist())
+    assert all(({i, i + 40, i + 80} <= kept) == bool({i, i + 40, i + 80} & kept) for i in range(40))
+
+
 def test_a_reference_that_is_not_finite_ends_the_run(
     dpo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +267,7 @@ def test_a_reference_that_is_not_finite_ends_the_run(
         TorchBackend, "sequence_logprobs", lambda self, b: torch.full((len(b.targets.bounds) - 1,), math.nan)
     )
     with pytest.raises(
-        reference.RunError, match=r"the log-probability of document 0 .* is not finite; look at the weights"
+        reference.RunError, match=r"the log-probability of answer 0 of train is not finite; look at the weights"
     ):
         engine.run([*dpo, f"run.dir={tmp_path / 'run'}"])
 

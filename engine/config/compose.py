@@ -139,14 +139,20 @@ def with_quickstart(overrides: list[str]) -> list[str]:
     """Return the overrides with the quickstart recipe of the algorithm added where neither model, data nor recipe is chosen."""
     chosen = {o.split("=", 1)[0].lstrip("+") for o in overrides}
     named = {"model", "data", "recipe", "model.path", "data.train_path", "data.train"}
-    if chosen & named:
+    if chosen & (named - {"recipe"}) or ("recipe" in chosen and QUICKSTART_DPO not in overrides):
         return overrides
-    if "algorithm=dpo" not in overrides:
+    if not {"algorithm=dpo", QUICKSTART_DPO} & set(overrides):
         return [*overrides, "recipe=quickstart"]
     weights = quickstart_weights()
     start = [f"model.path={weights}", "model.init=pretrained"] if weights is not None else []
-    own = [word for word in overrides if word != "algorithm=dpo"]  # the recipe chooses it, and has values of its own
+    # The recipe chooses the algorithm, and has values of its own.
+    own = [word for word in overrides if word not in ("algorithm=dpo", QUICKSTART_DPO)]
     return [*own, QUICKSTART_DPO, *start]
+
+
+def needs_quickstart(overrides: list[str]) -> bool:
+    """Tell whether words that ``with_quickstart`` returned lack the weights that they are to start from."""
+    return QUICKSTART_DPO in overrides and not any(word.split("=")[0] in ("model", "model.path") for word in overrides)
 
 
 def quickstart_weights() -> Path | None:

@@ -180,9 +180,9 @@ def _numbers(table: pa.RecordBatch, name: str) -> NDArray[Any]:
 
 
 def _content(item: Conversation | Pair | Tokens) -> Any:
-    """Return what a row's hash is of."""
+    """Return what a row's hash is of: of a pair its prompt, so that none is both trained on and validated on."""
     if isinstance(item, Pair):
-        return [vars(side) for side in item]
+        return [item.chosen.messages[:-1], item.chosen.tools]
     return vars(item) if isinstance(item, Conversation) else item
 
 

@@ -78,7 +78,13 @@ class DPO:
         if self.average_rewards:
             rewards_S = _average(rewards_S, targets)
         chosen_P, rejected_P = rewards_S[0::2], rewards_S[1::2]
-        preference = self.preference(chosen_P, rejected_P, self.knobs).sum()
+        losses_P = self.preference(chosen_P, rejected_P, self.knobs)
+        if losses_P.shape != chosen_P.shape:
+            raise UserError(
+                f"algorithm.preference_loss: must return a loss for each of the {len(chosen_P)} pairs, and returned the shape "
+                f"{list(losses_P.shape)}; leave out the mean or sum."
+            )
+        preference = losses_P.sum()
         sft = -(_average(logprobs_S, targets) if self.average_sft else logprobs_S)[0::2].sum()
         return self.preference_weight * preference + self.sft_weight * sft, {
             "preference_loss": preference,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from engine.config.checks import check
-from engine.config.compose import compose, known_keys, with_quickstart
+from engine.config.compose import compose, known_keys, needs_quickstart, with_quickstart
 from engine.config.help import docstrings, text
 from engine.config.names import FOREIGN_NAMES
 from engine.config.schema import RunConfig, Section
@@ -241,6 +241,22 @@ def test_quickstart_only_when_nothing_is_chosen() -> None:
     assert with_quickstart(["optimizer.lr=1"]) == ["optimizer.lr=1", "recipe=quickstart"]
     for chosen in ("model=tiny", "data=tasks", "recipe=x", "model.path=x", "data.train_path=x"):
         assert with_quickstart([chosen]) == [chosen]
+
+
+def test_quickstart_of_dpo_starts_from_the_newest_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["algorithm=dpo"], ["recipe=quickstart_dpo"]):
+        started = with_quickstart(words)
+        assert started == ["recipe=quickstart_dpo"] and needs_quickstart(started)
+    hf = tmp_path / "outputs" / "quickstart-1" / "hf"
+    hf.mkdir(parents=True)
+    (hf / "config.json").write_text("{}")
+    for words in (["algorithm=dpo"], ["recipe=quickstart_dpo"]):
+        started = with_quickstart(words)
+        assert started == ["recipe=quickstart_dpo", "model.path=outputs/quickstart-1/hf", "model.init=pretrained"]
+        assert with_quickstart(started) == started and not needs_quickstart(started)
+    own = ["recipe=quickstart_dpo", "model.path=mine"]
+    assert with_quickstart(own) == own and not needs_quickstart(own)
 
 
 def test_every_choice_and_recipe_composes() -> None:

@@ -126,6 +126,7 @@ def test_a_rank_reads_its_own_samples_alone(base: list[str], tmp_path: Path) -> 
     class Noting:
         def __init__(self, data: DataSet) -> None:
             self.data, self.lengths, self.documents, self.read = data, data.lengths, data.documents, list[int]()
+            self.reference = None
 
         def __getitem__(self, i: int) -> object:
             self.read.append(i)

@@ -569,7 +569,7 @@ def test_a_pair_is_two_documents_of_one_row() -> None:
     assert [place for place, _ in made.bad] == ["row 3"]
     assert made.table["turn"].to_pylist() == [0, 1, 0, 1, 0, 1]
     hashes = made.table["row"].to_pylist()
-    assert hashes[0::2] == hashes[1::2] and hashes[0] == hashes[4] != hashes[2]
+    assert len(set(hashes)) == 1  # all pairs of a prompt are held out together
 
 
 def test_the_cache_keeps_pairs_and_conversations_apart(tmp_path: Path) -> None:

@@ -215,8 +215,8 @@ BAD: dict[str, tuple[str, bytes, list[str], str]] = {
         "rows.jsonl",
         lines(GOOD),
         ["data.reader=chat"],
-        "data.reader=chat: no such reader; choose messages, response, alpaca, dolly, sharegpt, pretokenized, open_assistant, squad or "
-        "module:function.",
+        "data.reader=chat: no such reader; choose messages, response, alpaca, dolly, sharegpt, pretokenized, open_assistant, squad, "
+        "preference, binary_preference, helpsteer3 or module:function.",
     ),
     "too long": (
         "rows.jsonl",

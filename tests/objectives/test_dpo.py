@@ -298,6 +298,10 @@ def squared(chosen_P, rejected_P, knobs):
     return (1 - knobs.beta * (chosen_P - rejected_P)).relu().square()
 
 
+def averaged(chosen_P, rejected_P, knobs):
+    return (rejected_P - chosen_P).mean()
+
+
 @preference_loss("test_free", needs_reference=False)
 def free(chosen_P, rejected_P, knobs):
     return rejected_P - chosen_P
@@ -323,6 +327,10 @@ def test_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not dpo.needs_reference
     dpo.loss(*batch(reference=False))[0].backward()
 
+    with pytest.raises(
+        UserError, match=r"must return a loss for each of the 3 pairs, and returned the shape \[\]; leave out"
+    ):
+        build(recipe(preference_loss="my_losses:averaged")).loss(logprobs, targets)
     with pytest.raises(UserError, match=r"algorithm.reference=none: my_losses:squared needs a reference"):
         build(recipe(preference_loss="my_losses:squared", reference="none"))
     with pytest.raises(UserError, match=r"algorithm.preference_loss: my_losses:absent cannot be imported"):
