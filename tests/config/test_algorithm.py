@@ -62,7 +62,11 @@ def test_one_sentence_with_the_remedy(words: str, answer: str) -> None:
     ],
 )
 def test_what_goes_together(words: str) -> None:
-    compose([*WORDS, "algorithm=dpo", *(f"algorithm.{w}" for w in words.split())])
+    given = dict(w.split("=") for w in words.split())
+    algorithm = compose([*WORDS, "algorithm=dpo", *(f"algorithm.{w}" for w in words.split())]).config.algorithm
+    assert {key: str(getattr(algorithm, key)) for key in given} == {
+        key: str(float(value)) if value[0].isdigit() else value for key, value in given.items()
+    }
 
 
 def test_pairs_must_fit() -> None:
