@@ -156,7 +156,9 @@ def _compute(
     capacity = loader.capacity or int(lengths.max()) * loader.micro_batch_size * loader.together
     groups = assign(lengths, capacity=capacity, ranks=ranks.size, attention_length=loader.attention_length)[ranks.rank]
     mine = [
-        backend.sequence_logprobs(collate_packed([part.samples[int(documents[i])] for i in group])).tolist()
+        backend.sequence_logprobs(
+            collate_packed([part.samples[int(documents[i])]._replace(shared=0) for i in group])
+        ).tolist()
         for group in groups
     ]
     sums = np.full(len(documents), np.nan, np.float32)

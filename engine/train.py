@@ -93,7 +93,7 @@ class Counts(NamedTuple):
             tokens=sum(b.num_tokens for b in batches),
             places=sum(b.input_ids.numel() for b in batches),
             trained_tokens=sum(b.targets.num_tokens for b in batches),
-            squared_lengths=sum(n * n for b in batches for n in b.lengths()),
+            squared_lengths=sum(b.squared_lengths() for b in batches),
         )
 
 

@@ -27,6 +27,8 @@ class Sample(NamedTuple):
     """Ranges of trained tokens, [start, stop) pairs in order, [R, 2]."""
     weights: NDArray[np.float32] | None = None
     """Loss weight of each range [R]; None: all one."""
+    shared: int = 0
+    """Leading tokens, none of them trained, that are those of the document before it: the prompt of a pair's second answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,9 @@ class MicroBatch:
     position_ids: torch.Tensor
     """Position of each token in its own document, shaped like input_ids."""
     cu_seqlens: Sequence[int] | None
-    """Packed: document d is tokens cu_seqlens[d]:cu_seqlens[d + 1] of T. None: padded."""
+    """Packed: document d has tokens cu_seqlens[d]:cu_seqlens[d + 1] of T to itself. None: padded."""
+    shared: Sequence[int] | None = None
+    """Packed: leading tokens of each document that stand in the document before it alone; None: no document shares any."""
     attention_mask: torch.Tensor | None
     """Padded: 1 where a token is real, shaped like input_ids. None: packed."""
     index_N: torch.Tensor
@@ -79,15 +83,15 @@ class MicroBatch:
     targets: Targets
     """Their grouping into sequences, and weights."""
     num_tokens: int
-    """Tokens that are not padding."""
+    """Tokens that go through the model and are not padding."""
 
-    def lengths(self) -> list[int]:
-        """Return the tokens of each document."""
-        if self.cu_seqlens is not None:
-            return [b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
-        assert self.attention_mask is not None
-        lengths: list[int] = self.attention_mask.sum(1).tolist()
-        return lengths
+    def squared_lengths(self) -> int:
+        """Return the squared length of every document, summed: twice the pairs of tokens of which one sees the other."""
+        if self.cu_seqlens is None:
+            assert self.attention_mask is not None
+            return int(self.attention_mask.sum(1).square().sum())
+        own = [b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
+        return sum(n * n + 2 * n * before for n, before in zip(own, self.shared or [0] * len(own), strict=True))
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch with its tensors on ``device``."""

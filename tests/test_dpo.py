@@ -124,8 +124,11 @@ def test_every_layout_has_the_same_losses(dpo: list[str], tmp_path: Path) -> Non
     narrow = run(dpo, tmp_path / "narrow", "data.max_length=192", "data.packing.max_tokens=384")
     padded = run(dpo, tmp_path / "padded", "data.packing.enabled=false", "train.micro_batch_size=4")
     single = run(dpo, tmp_path / "single", "data.packing.enabled=false", "train.micro_batch_size=1")
+    apart = run(dpo, tmp_path / "apart", "data.packing.share_prompts=false")
     assert read_metrics(tmp_path / "padded")[0]["perf/padding_share"] > 0
-    for other in (narrow, padded, single):
+    tokens = {name: read_metrics(tmp_path / name)[0]["train/tokens"] for name in ("packed", "apart", "padded")}
+    assert tokens["packed"] < 0.8 * tokens["apart"] == 0.8 * tokens["padded"]
+    for other in (narrow, padded, single, apart):
         assert other == pytest.approx(packed, rel=1e-5)
 
 

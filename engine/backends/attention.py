@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from kernels.packed_attention import packed_attention_sdpa
+from kernels.packed_attention import packed_attention_sdpa, with_prompts
 
 NAME = "anneal_packed"
 """Name under which the interface knows it: ``attn_implementation``."""
@@ -70,6 +70,7 @@ def _interface(packed: PackedAttention) -> Callable[..., tuple[Tensor, None]]:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         cu_seqlens: Any = None,
+        shared: Any = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Attend; query [B, A, T, D], key and value [B, K, T, D] → [B, T, A, D]."""
@@ -83,32 +84,55 @@ def _interface(packed: PackedAttention) -> Callable[..., tuple[Tensor, None]]:
             out = packed_attention_sdpa(q, k, v, edges, scale=scaling, window=sliding_window, dropout=dropout)
             return out.view(batch, length, *out.shape[1:]), None
         q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-        return packed(q, k, v, cu_seqlens, scale=scaling, window=sliding_window, dropout=dropout).unsqueeze(0), None
+        out = packed(q, k, v, cu_seqlens, shared=shared, scale=scaling, window=sliding_window, dropout=dropout)
+        return out.unsqueeze(0), None
 
     return attention  # type: ignore[no-any-return]
 
 
-def _device_edges(cu_seqlens: Any, device: torch.device) -> tuple[Tensor, int]:
-    """Return the document edges as int32 on the device, and the longest document."""
-    edges = torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)
-    return edges, max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+class _Varlen(NamedTuple):
+    """What the vendors' kernels take: queries aligned with the last keys of their document."""
+
+    k: Tensor
+    v: Tensor
+    edges_q: Tensor
+    edges_k: Tensor
+    longest_q: int
+    longest_k: int
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, cu_seqlens: Any, shared: Any) -> _Varlen:
+        """Put shared prompts before the keys and values of their documents, and the edges on the device."""
+        edges = cu_seqlens
+        if shared is not None:
+            (k, edges), (v, _) = with_prompts(k, cu_seqlens, shared), with_prompts(v, cu_seqlens, shared)
+
+        def on_device(edges: Sequence[int]) -> Tensor:
+            return torch.tensor(edges, dtype=torch.int32).to(k.device, non_blocking=True)
+
+        def longest(edges: Sequence[int]) -> int:
+            return max(b - a for a, b in zip(edges, edges[1:], strict=False))
+
+        return cls(k, v, on_device(cu_seqlens), on_device(edges), longest(cu_seqlens), longest(edges))
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, scale: float | None, window: int | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Any,
+    *,
+    shared: Any,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    edges, longest = _device_edges(cu_seqlens, q.device)
     size = (-1, -1) if window is None else (window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
         q,
-        k,
-        v,
-        edges,
-        edges,
-        longest,
-        longest,
+        *_Varlen.of(k, v, cu_seqlens, shared),
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
@@ -119,17 +143,24 @@ def _flash(
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, scale: float | None, window: int | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Any,
+    *,
+    shared: Any,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
         raise UserError("model.attention=varlen has no dropout; set model.attention=sdpa, or attention_dropout to 0.")
-    edges, longest = _device_edges(cu_seqlens, q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     size = (-1, 0) if window is None else (window - 1, 0)
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=size)
+    out = varlen_attn(q, *_Varlen.of(k, v, cu_seqlens, shared), scale=scale, window_size=size)
     assert isinstance(out, Tensor)
     return out

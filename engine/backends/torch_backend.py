@@ -18,6 +18,7 @@ from engine.backends import attention, hf_model, shards
 from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
+from engine.data.samples import trained_positions
 from engine.errors import UserError
 from engine.ranks import PATIENCE, Ranks
 from engine.types import MicroBatch, Objective, Sample, StepMetrics
@@ -51,6 +52,7 @@ class Trainable(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             cu_seqlens=batch.cu_seqlens,
+            shared=batch.shared,
             use_cache=False,
         ).last_hidden_state
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.index_N)
@@ -181,13 +183,12 @@ class TorchBackend:
         Raises:
             UserError: If they differ by more than rounding.
         """
-        documents = [s.input_ids[:128] for s in samples]
-        packed = collate_packed([Sample(d, np.array([[0, len(d)]], np.int32)) for d in documents])
+        probed = _probed([s.input_ids[:128] for s in samples])
         self.root.eval()
-        ours_N = self.root(self.root.logprobs, packed.to(self.device))
+        ours_N = self.root(self.root.logprobs, collate_packed(probed).to(self.device))
         self.lm.set_attn_implementation("eager")
         try:
-            own_N = self.root(self._own_logprobs, documents)
+            own_N = self.root(self._own_logprobs, probed)
         finally:
             self.lm.set_attn_implementation(attention.NAME)
             self.weights.rest()
@@ -369,13 +370,14 @@ class TorchBackend:
         values /= units
         return values[0], dict(zip(names, values[1:].unbind(), strict=True))
 
-    def _own_logprobs(self, documents: Sequence[NDArray[np.int32]]) -> Tensor:
-        """Return the log-probabilities of all but first tokens by the model's own logits, one document at a time, [N]."""
+    def _own_logprobs(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the log-probabilities of the trained tokens by the model's own logits, one document at a time, [N]."""
         own = []
-        for document in documents:
-            ids = torch.from_numpy(document.astype("int64")).to(self.device)
-            logprobs_TV = self.lm(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            own.append(logprobs_TV.gather(1, ids[1:, None]).squeeze(1))
+        for sample in samples:
+            ids = torch.from_numpy(sample.input_ids.astype("int64")).to(self.device)
+            trained = torch.from_numpy(trained_positions(sample)).to(self.device)
+            logprobs_TV = self.lm(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            own.append(logprobs_TV[trained - 1, ids[trained]])
         return torch.cat(own)
 
     def _answer(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
@@ -407,6 +409,14 @@ def _adamw(parameters: dict[str, Tensor], section: OptimizerSection) -> torch.op
     for p in parameters.values():  # from the start, so that a checkpoint before the first step is one like the others
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS}}
     return optimizer
+
+
+def _probed(documents: Sequence[NDArray[np.int32]]) -> list[Sample]:
+    """Return documents of which all is trained, the first one followed by one that shares its first half and goes on otherwise."""
+    samples = [Sample(d, np.array([[0, len(d)]], np.int32)) for d in documents]
+    first, half = documents[0], len(documents[0]) // 2
+    fork = np.concatenate([first[:half], first[half:][::-1]])
+    return [samples[0], Sample(fork, np.array([[half, len(fork)]], np.int32), shared=half), *samples[1:]]
 
 
 def _accumulate(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -91,6 +91,8 @@ class PackingSection(Section):
     """True: samples are packed without padding; false: padded micro-batches of train.micro_batch_size."""
     max_tokens: Count | None
     """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length (twice that for pairs)."""
+    share_prompts: bool
+    """Let a prompt that both answers of a pair have go through the model once."""
 
 
 class SourceSection(Section):

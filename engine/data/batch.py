@@ -14,17 +14,32 @@ from engine.types import MicroBatch, Sample, Targets
 
 
 def collate_packed(samples: Sequence[Sample]) -> MicroBatch:
-    """Concatenate samples into one row without padding."""
+    """Concatenate samples into one row without padding; a prompt that a sample shares with the one before it stands there once.
+
+    Raises:
+        ValueError: If a sample is not behind the one whose prompt it shares.
+    """
     if not samples:
         return empty_micro_batch(padded=False)
-    lengths = [len(s.input_ids) for s in samples]
-    edges = np.cumsum([0, *lengths])
+    shared = [s.shared for s in samples]
+    for before, sample in zip([None, *samples], samples, strict=False):
+        n = sample.shared
+        if n and (before is None or before.shared or not np.array_equal(before.input_ids[:n], sample.input_ids[:n])):
+            raise ValueError("a sample that shares a prompt must stand behind the one that it shares it with")
+    edges = np.cumsum([0, *(len(s.input_ids) - s.shared for s in samples)])
+    starts = edges[:-1]
+    places = [start + np.arange(len(s.input_ids)) - s.shared for start, s in zip(starts.tolist(), samples, strict=True)]
+    for before, own, n in zip([None, *places], places, shared, strict=False):
+        if before is not None:
+            own[:n] = before[:n]
     return _micro_batch(
         samples,
-        starts=edges[:-1],
-        input_ids=np.concatenate([s.input_ids for s in samples])[None],
-        position_ids=np.concatenate([np.arange(n) for n in lengths])[None],
+        places=places,
+        input_ids=np.concatenate([s.input_ids[s.shared :] for s in samples])[None],
+        position_ids=np.concatenate([np.arange(s.shared, len(s.input_ids)) for s in samples])[None],
         cu_seqlens=edges.tolist(),
+        shared=shared if any(shared) else None,
+        num_tokens=int(edges[-1]),
     )
 
 
@@ -40,10 +55,11 @@ def collate_padded(samples: Sequence[Sample]) -> MicroBatch:
         mask[row, : len(sample.input_ids)] = 1
     return _micro_batch(
         samples,
-        starts=np.arange(len(samples)) * longest,
+        places=[row * longest + np.arange(len(s.input_ids)) for row, s in enumerate(samples)],
         input_ids=input_ids,
         position_ids=np.broadcast_to(np.arange(longest), input_ids.shape),
         attention_mask=mask,
+        num_tokens=int(mask.sum()),
     )
 
 
@@ -71,26 +87,30 @@ def empty_micro_batch(*, padded: bool) -> MicroBatch:
 
 def _micro_batch(
     samples: Sequence[Sample],
-    starts: NDArray[np.int64],
+    *,
+    places: Sequence[NDArray[np.int64]],
     input_ids: NDArray[np.integer],
     position_ids: NDArray[np.int64],
+    num_tokens: int,
     cu_seqlens: list[int] | None = None,
+    shared: list[int] | None = None,
     attention_mask: NDArray[np.int64] | None = None,
 ) -> MicroBatch:
-    """Build the tensors; ``starts`` is where each sample begins in the flattened ``input_ids``."""
+    """Build the tensors; ``places`` is where each sample's tokens are in the flattened ``input_ids``."""
     positions = [trained_positions(s) for s in samples]
     labels = np.concatenate([s.input_ids[p] for s, p in zip(samples, positions, strict=True)])
     weights = None
     if any(s.weights is not None for s in samples):
         weights = torch.from_numpy(np.concatenate([trained_weights(s) for s in samples]).astype(np.float32))
-    index = np.concatenate([start + p - 1 for start, p in zip(starts, positions, strict=True)])
+    index = np.concatenate([place[p - 1] for place, p in zip(places, positions, strict=True)])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
         position_ids=torch.from_numpy(np.array(position_ids)),
         cu_seqlens=cu_seqlens,
+        shared=shared,
         attention_mask=None if attention_mask is None else torch.from_numpy(attention_mask),
         index_N=torch.from_numpy(index.astype(np.int64)),
         labels_N=torch.from_numpy(labels.astype(np.int64)),
         targets=Targets(bounds=np.cumsum([0, *map(len, positions)]).tolist(), weights_N=weights),
-        num_tokens=sum(len(s.input_ids) for s in samples),
+        num_tokens=num_tokens,
     )

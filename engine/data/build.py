@@ -153,6 +153,7 @@ def encode(reader: readers.ReaderSpec, encoder: Encoder, source: SourceSection, 
         "trained": [s.trained.reshape(-1) for s in samples],
         "weights": [() if s.weights is None else s.weights for s in samples],
         "length": [len(s.input_ids) for s in samples],
+        "shared": [s.shared for s in samples],
         "turn": turns,
         "row": hashes,
     }

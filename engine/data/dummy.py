@@ -31,6 +31,7 @@ class DummySamples(Samples):
     def __init__(self, *, num_samples: int, length: int, vocabulary: int, seed: int) -> None:
         self.vocabulary, self.seed = vocabulary, seed
         self.lengths = np.broadcast_to(np.int32(length), num_samples)  # one number, seen as many
+        self.shared = np.broadcast_to(np.int32(0), num_samples)
         self.summary = Summary(
             format="dummy",
             read=num_samples,

@@ -194,9 +194,10 @@ class Encoder:
                 raise RowError(f"{name}: {error}") from error
             samples.append(sample)
             cuts.append(cut)
-        if np.array_equal(samples[0].input_ids, samples[1].input_ids):
+        chosen, rejected = samples
+        if np.array_equal(chosen.input_ids, rejected.input_ids):
             raise Dropped("chosen and rejected are the same")
-        return Encoded(samples, any(cuts))
+        return Encoded([chosen, rejected._replace(shared=_common_prompt(chosen, rejected))], any(cuts))
 
     def _side(self, side: Conversation, name: str) -> Document:
         """Return the rendering of one side of a pair."""
@@ -323,6 +324,13 @@ def _sample(ids: NDArray[np.int32], weights: NDArray[np.float32]) -> Sample:
     trained = np.stack([edges[:-1], edges[1:]], 1)[of_range > 0]
     of_range = of_range[of_range > 0]
     return Sample(ids, trained, None if (of_range == 1).all() else of_range)
+
+
+def _common_prompt(chosen: Sample, rejected: Sample) -> int:
+    """Return how many leading tokens two documents have in common, none of them trained in either."""
+    most = int(min(chosen.trained[0, 0], rejected.trained[0, 0]))
+    different = chosen.input_ids[:most] != rejected.input_ids[:most]
+    return int(different.argmax()) if different.any() else most
 
 
 def _part_bytes(text: str, encoding: Any, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:

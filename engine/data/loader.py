@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ class Loader:
         attention_length: Tokens at which a document's attention costs as much as all the rest, about 12 times the model's
             hidden size; see ``plan.cost``. Alike on every rank.
         together: Documents of each conversation, which share a micro-batch: 2 for pairs; 1: any document goes anywhere.
+        share_prompts: Whether documents that have a prompt in common with the one before go through the model without it.
     """
 
     data: DataSet
@@ -41,6 +44,12 @@ class Loader:
     ranks: int = 1
     attention_length: float = math.inf
     together: int = 1
+    share_prompts: bool = False
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens that each document puts into a micro-batch."""
+        return self.data.lengths - self.data.shared if self.share_prompts else self.data.lengths
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step, counted from 0: equally many on every rank, some perhaps empty."""
@@ -53,7 +62,7 @@ class Loader:
 
     def assign(self, documents: NDArray[np.int64]) -> Assignment:
         """Return the micro-batches of all ranks for some documents, as indices into ``documents``."""
-        lengths = self.data.lengths[documents].reshape(-1, self.together)
+        lengths = self.lengths[documents].reshape(-1, self.together)
         if self.capacity is None:
             found = assign_padded(lengths.max(1), self.micro_batch_size, self.ranks, self.attention_length)
         else:
@@ -70,23 +79,36 @@ class Loader:
         documents = self.documents(step)
         padded = self.capacity is None
         return imbalance(
-            bin_costs(self.data.lengths[documents], self.assign(documents), self.attention_length, padded=padded)
+            bin_costs(self.lengths[documents], self.assign(documents), self.attention_length, padded=padded)
         )
 
     def by_source(self, step: int) -> dict[str, float]:
         """Return what each of several sources gives to a step: its tokens, and how often it has been gone through after it."""
         if len(self.data.parts) == 1:
             return {}
-        tokens, passes = self.data.tokens(self.plan.members(step)), self.plan.passes(step + 1)
+        documents = self.documents(step)
+        part_of = self.data.part_of_document(documents)
         figures: dict[str, float] = {}
-        for part, count, done in zip(self.data.parts, tokens, passes, strict=True):
-            figures |= {f"train/{part.name}/tokens": count, f"train/{part.name}/epoch": done}
+        for p, (part, done) in enumerate(zip(self.data.parts, self.plan.passes(step + 1), strict=True)):
+            tokens = int(self.lengths[documents[part_of == p]].sum())
+            figures |= {f"train/{part.name}/tokens": tokens, f"train/{part.name}/epoch": done}
         return figures
 
     def _collate(self, documents: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
         samples = [self.data[int(i)] for i in documents]
+        if not self.share_prompts:
+            samples = [s._replace(shared=0) for s in samples]
         batch = collate_padded(samples) if self.capacity is None else collate_packed(samples)
         return batch if self.data.reference is None else with_reference(batch, self.data.reference[documents])
+
+
+class Place(TypedDict, total=False):
+    """Whose micro-batches a loader gives, and what belongs together: fields of ``Loader``."""
+
+    rank: int
+    ranks: int
+    attention_length: float
+    together: int
 
 
 def train_loader(
@@ -96,10 +118,7 @@ def train_loader(
     batch_size: int,
     micro_batch_size: int,
     seed: int,
-    rank: int = 0,
-    ranks: int = 1,
-    attention_length: float = math.inf,
-    together: int = 1,
+    **place: Unpack[Place],
 ) -> Loader:
     """Return the loader of the training data.
 
@@ -109,10 +128,7 @@ def train_loader(
         batch_size: Conversations in a step, over all ranks.
         micro_batch_size: Samples in a padded micro-batch.
         seed: Of the order.
-        rank: Data-parallel rank.
-        ranks: Data-parallel ranks.
-        attention_length: About 12 times the model's hidden size; see ``Loader``.
-        together: Documents of each conversation, which share a micro-batch.
+        place: Whose micro-batches.
 
     Raises:
         UserError: If the data does not fill one batch.
@@ -136,42 +152,24 @@ def train_loader(
             f"train.global_batch_size={batch_size} is more than the {sum(plan.quotas)} conversations of an epoch: "
             f"lower it to {sum(plan.quotas)}, or set data.drop_last=false."
         )
-    return Loader(
-        data=data,
-        plan=plan,
-        capacity=_capacity(section, together),
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        ranks=ranks,
-        attention_length=attention_length,
-        together=together,
-    )
+    return _loader(data, plan, section, micro_batch_size, place)
 
 
 def val_loader(
-    data: DataSet,
-    section: DataSection,
-    *,
-    batch_size: int,
-    micro_batch_size: int,
-    rank: int = 0,
-    ranks: int = 1,
-    attention_length: float = math.inf,
-    together: int = 1,
+    data: DataSet, section: DataSection, *, batch_size: int, micro_batch_size: int, **place: Unpack[Place]
 ) -> Loader:
     """Return the loader of the validation data: in the file's order, nothing left out, however few for the ranks."""
     plan = Plan(sizes=[sum(data.sizes)], batch_size=batch_size, shuffle=False, drop_last=False)
+    return _loader(data, plan, section, micro_batch_size, place)
+
+
+def _loader(data: DataSet, plan: Plan, section: DataSection, micro_batch_size: int, place: Place) -> Loader:
+    packing, together = section.packing, place.get("together", 1)
     return Loader(
         data=data,
         plan=plan,
-        capacity=_capacity(section, together),
+        capacity=max_tokens_per_micro_batch(section, together) if packing.enabled else None,
         micro_batch_size=micro_batch_size,
-        rank=rank,
-        ranks=ranks,
-        attention_length=attention_length,
-        together=together,
+        share_prompts=packing.enabled and packing.share_prompts and together > 1,
+        **place,
     )
-
-
-def _capacity(section: DataSection, together: int) -> int | None:
-    return max_tokens_per_micro_batch(section, together) if section.packing.enabled else None

@@ -33,6 +33,8 @@ class Packing(NamedTuple):
     """Share of padding in these micro-batches; 0 for packed ones."""
     padded: float
     """Share of padding in padded batches of PADDED samples, taken in the same order."""
+    shared: float
+    """Share of the tokens that are the prompt of another answer too, and do not go through the model again."""
 
 
 def write(folder: Path, data: Data, train: Loader) -> None:
@@ -54,8 +56,9 @@ def text(data: Data, train: Loader) -> str:
     if train.capacity is None:
         how = f"{found.micro_batches} padded micro-batches, {found.padding:.1%} padding"
     else:
+        saved = f", {found.shared:.1%} of the tokens left out as prompts that pairs share" if found.shared else ""
         how = (
-            f"{found.micro_batches} packed micro-batches without padding, {found.filled:.1%} of {train.capacity:,} tokens filled; "
+            f"{found.micro_batches} packed micro-batches without padding, {found.filled:.1%} of {train.capacity:,} tokens filled{saved}; "
             f"padded batches of {PADDED} in the same order would be {found.padded:.1%} padding"
         )
     blocks.append(f"first {found.steps} of {train.plan.steps_per_epoch:,} steps an epoch: {how}\n")
@@ -65,12 +68,12 @@ def text(data: Data, train: Loader) -> str:
 def packing(train: Loader) -> Packing:
     """Measure the micro-batches of the first steps; reads lengths alone."""
     steps = min(STEPS, train.plan.steps_per_epoch)
-    tokens, places, padded, count = 0, 0, 0, 0
+    tokens, needed, places, padded, count = 0, 0, 0, 0, 0
     for step in range(steps):
         documents = train.documents(step)
-        lengths = train.data.lengths[documents]
-        tokens += int(lengths.sum())
-        groups = [lengths[a : a + PADDED] for a in range(0, len(lengths), PADDED)]
+        lengths, whole = train.lengths[documents], train.data.lengths[documents]
+        tokens, needed = tokens + int(lengths.sum()), needed + int(whole.sum())
+        groups = [whole[a : a + PADDED] for a in range(0, len(whole), PADDED)]
         padded += sum(len(group) * int(group.max()) for group in groups)
         bins = [lengths[group] for rank in train.assign(documents) for group in rank if group]
         count += len(bins)
@@ -81,7 +84,8 @@ def packing(train: Loader) -> Packing:
         micro_batches=count,
         filled=tokens / (count * train.capacity) if train.capacity is not None else 0.0,
         padding=0.0 if packed else 1 - tokens / places,
-        padded=1 - tokens / padded,
+        padded=1 - needed / padded,
+        shared=1 - tokens / needed,
     )
 
 

@@ -27,12 +27,14 @@ SCHEMA = pa.schema(
         "trained": pa.list_(pa.int32()),
         "weights": pa.list_(pa.float32()),
         "length": pa.int32(),
+        "shared": pa.int32(),
         "turn": pa.int32(),
         "row": pa.uint64(),
     }
 )
-"""A document a row: its tokens, ranges of trained ones, a weight for each range (none: all one), number of tokens, place among
-the documents of its conversation from 0, and a hash of the conversation (or of the tree that it is a path of)."""
+"""A document a row: its tokens, ranges of trained ones, a weight for each range (none: all one), number of tokens, how many of
+them are the prompt that it shares with the document before it, place among the documents of its conversation from 0, and a hash of
+the conversation (or of the tree that it is a path of)."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +90,7 @@ class Samples:
         """Hash of the tokens and of what is trained."""
         self.revision: str | None = meta["source"]["revision"]
         self.lengths: NDArray[np.int32] = _column(table, "length", np.int32)
+        self.shared: NDArray[np.int32] = _column(table, "shared", np.int32)
         self._columns = {
             name: [(view(chunk.offsets), view(chunk.values, dtype)) for chunk in table[name].chunks]
             for name, dtype in (("input_ids", np.int32), ("trained", np.int32), ("weights", np.float32))
@@ -108,7 +111,12 @@ class Samples:
             return found
 
         weights = cell("weights")
-        return Sample(cell("input_ids"), cell("trained").reshape(-1, 2), weights if len(weights) else None)
+        return Sample(
+            input_ids=cell("input_ids"),
+            trained=cell("trained").reshape(-1, 2),
+            weights=weights if len(weights) else None,
+            shared=int(self.shared[i]),
+        )
 
     @cached_property
     def firsts(self) -> NDArray[np.int64] | None:
@@ -170,8 +178,10 @@ class DataSet:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
         lengths = [part.samples.lengths for part in parts]
-        self.lengths: NDArray[np.int32] = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        self.lengths = _joined(lengths)
         """Tokens of each document."""
+        self.shared = _joined([part.samples.shared for part in parts])
+        """Those of them that are the prompt of the document before it too."""
         self.reference: NDArray[np.float32] | None = None
         """Log-probability of each document's trained tokens under the reference, summed; NaN where it is not known."""
         self._documents = np.cumsum([0, *map(len, lengths)])
@@ -225,17 +235,16 @@ class DataSet:
 
     def split_documents(self, documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return some documents by part, counted within it."""
-        part_of = np.searchsorted(self._documents, documents, "right") - 1
+        part_of = self.part_of_document(documents)
         return [documents[part_of == p] - self._documents[p] for p in range(len(self.parts))]
+
+    def part_of_document(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the part that each document belongs to."""
+        return np.searchsorted(self._documents, documents, "right") - 1
 
     def part_of(self, conversations: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of the part that each conversation belongs to."""
         return np.searchsorted(self._conversations, conversations, "right") - 1
-
-    def tokens(self, conversations: NDArray[np.int64]) -> list[int]:
-        """Return how many tokens of some conversations come from each part."""
-        found = self.split_documents(self.documents(conversations))
-        return [int(part.samples.lengths[own].sum()) for part, own in zip(self.parts, found, strict=True)]
 
 
 def hold_out(part: Part, fraction: float) -> tuple[Part, Part]:
@@ -276,6 +285,10 @@ def view(array: pa.Array, dtype: type = np.int32) -> NDArray[Any]:
         return np.zeros(0, dtype)
     found: NDArray[Any] = np.frombuffer(buffer, dtype)[array.offset : array.offset + len(array)]
     return found
+
+
+def _joined(arrays: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _column(table: pa.Table, name: str, dtype: type) -> NDArray[Any]:

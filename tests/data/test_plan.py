@@ -467,6 +467,29 @@ def test_collate_packed_by_hand() -> None:
     assert batch.num_tokens == 12
 
 
+def test_a_shared_prompt_stands_in_a_row_once() -> None:
+    chosen, rejected = sample([7, 8, 9, 1, 2], (3, 5)), sample([7, 8, 9, 4], (3, 4))._replace(shared=3)
+    batch = collate_packed([ONE, chosen, rejected, TWO])
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14, 7, 8, 9, 1, 2, 4, 20, 21, 22]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert list(batch.cu_seqlens or []) == [0, 5, 10, 11, 14] and list(batch.shared or []) == [0, 0, 3, 0]
+    assert batch.labels_N.tolist() == [11, 12, 14, 1, 2, 4, 21, 22]
+    assert batch.index_N.tolist() == [0, 1, 3, 7, 8, 7, 11, 12]  # 1 and 4 are both predicted from the prompt's 9
+    assert list(batch.targets.bounds) == [0, 3, 5, 6, 8] and batch.num_tokens == 14
+    assert batch.squared_lengths() == 5**2 + 5**2 + (4**2 - 3**2) + 3**2
+    assert collate_packed([chosen]).shared is None
+    padded = collate_padded([chosen, rejected])
+    assert padded.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 4, 0]] and padded.shared is None
+    assert padded.squared_lengths() == 5**2 + 4**2 and padded.num_tokens == 9
+
+
+def test_a_shared_prompt_is_that_of_the_document_before() -> None:
+    chosen, rejected = sample([7, 8, 1], (2, 3)), sample([7, 8, 4], (2, 3))._replace(shared=2)
+    for wrong in ([rejected], [ONE, rejected], [chosen, ONE, rejected], [chosen, rejected, rejected]):
+        with pytest.raises(ValueError, match="must stand behind the one that it shares it with"):
+            collate_packed(wrong)
+
+
 def test_collate_padded_by_hand() -> None:
     batch = collate_padded([ONE, TWO, THREE])
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 0, 0], [30, 31, 32, 33, 0]]

@@ -568,6 +568,12 @@ def test_a_pair_is_two_documents_of_one_row() -> None:
     assert (made.used, made.split, made.cut, dict(made.dropped)) == (3, 0, 0, {"chosen and rejected are the same": 1})
     assert [place for place, _ in made.bad] == ["row 3"]
     assert made.table["turn"].to_pylist() == [0, 1, 0, 1, 0, 1]
+    shared = made.table["shared"].to_pylist()
+    ids = made.table["input_ids"].to_pylist()
+    assert shared[0::2] == [0, 0, 0]  # a chosen answer stands behind its own prompt
+    for chosen, rejected, common in zip(ids[0::2], ids[1::2], shared[1::2], strict=True):
+        assert chosen[:common] == rejected[:common] and common > 5
+    assert shared[1::2] == [start for start, _ in made.table["trained"].to_pylist()[1::2]]
     hashes = made.table["row"].to_pylist()
     assert len(set(hashes)) == 1  # all pairs of a prompt are held out together
 
