@@ -58,8 +58,8 @@ def text(data: Data, train: Loader) -> str:
     else:
         saved = f", {found.shared:.1%} of the tokens left out as prompts that pairs share" if found.shared else ""
         how = (
-            f"{found.micro_batches} packed micro-batches without padding, {found.filled:.1%} of {train.capacity:,} tokens filled{saved}; "
-            f"padded batches of {PADDED} in the same order would be {found.padded:.1%} padding"
+            f"{found.micro_batches} packed micro-batches without padding, {found.filled:.1%} of {train.capacity:,} tokens "
+            f"filled{saved}; padded batches of {PADDED} in the same order would be {found.padded:.1%} padding"
         )
     blocks.append(f"first {found.steps} of {train.plan.steps_per_epoch:,} steps an epoch: {how}\n")
     return "\n".join(blocks)
