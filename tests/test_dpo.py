@@ -24,9 +24,10 @@ from engine.data.assemble import assemble
 from engine.data.loader import train_loader
 from engine.errors import UserError
 from engine.schedule import learning_rate
-from tests.conftest import ROOT, read_metrics
+from tests.conftest import ROOT, SHARED_DATA, read_metrics
 
 STEPS = 6
+DEMO = SHARED_DATA / "dpo_en_demo.json"
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,22 @@ def test_a_reference_that_is_not_finite_ends_the_run(
         reference.RunError, match=r"the log-probability of answer 0 of train is not finite; look at the weights"
     ):
         engine.run([*dpo, f"run.dir={tmp_path / 'run'}"])
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="needs ../shared/data")
+def test_a_hundred_real_pairs_are_learned(dpo: list[str], tmp_path: Path) -> None:
+    """Those of the shortest prompts, over and over."""
+    rows = json.loads(DEMO.read_text())
+    file = tmp_path / "demo.json"
+    file.write_text(json.dumps(sorted(rows, key=lambda r: sum(len(t["value"]) for t in r["conversations"]))[:100]))
+    data = ["data=sharegpt", f"data.train_path={file}", "data.max_length=512", "data.overlong=truncate"]
+    model = ["model.config_overrides={max_position_embeddings: 512}", "optimizer.lr=5e-3", "scheduler=constant"]
+    sizes = ["train.global_batch_size=20", "algorithm.max_num_steps=20", "checkpoint.period=0"]
+    run([*dpo, *data, *model, *sizes], tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert lines[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[4]["train/epoch"] == 1  # 5 steps of 20: all hundred are used
+    assert sum(line["train/accuracy"] for line in lines[-5:]) / 5 > 0.9
 
 
 def test_two_ranks_are_one(dpo: list[str], tmp_path: Path) -> None:
