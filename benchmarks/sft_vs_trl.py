@@ -13,29 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import random
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.types import Callback, Control
-
-HERE = Path(__file__).resolve()
-LOSS_STEPS = 10
-"""Steps whose losses must agree."""
-LOSS_TOLERANCE = 1e-4
-"""Largest relative gap between the losses of a step."""
+import trl_sides as sides
 
 TEMPLATE = (
     "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{- '<|im_start|>assistant\\n' -}}"
@@ -43,16 +30,6 @@ TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-SIZES: dict[str, dict[str, int]] = {
-    "small": {
-        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4,
-    },
-    "medium": {
-        "vocab_size": 32_768, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
 STEPS = {"small": 22, "medium": 10}
 QUIET = {"logging_steps": 100_000, "disable_tqdm": True}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,109 +50,25 @@ MEANING = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(sides.Measured):
     """What one process did.
 
     Attributes:
-        step_s: Seconds of each step, from the end of the step before to its own end.
-        losses: Loss of each step.
         trained_tokens: Trained tokens of each step.
-        before_mb: Resident memory just before the first step, MiB.
-        peak_mb: Largest resident memory of the process up to the end of the last step, MiB.
-        lifetime_peak_mb: The same up to the process's end; the engine writes its checkpoint and weights after the last step.
-        load: Load average of the machine when the process began.
         note: What the side says about itself.
     """
 
-    step_s: list[float]
-    losses: list[float]
     trained_tokens: list[int]
-    before_mb: float
-    peak_mb: float
-    lifetime_peak_mb: float = 0.0
-    load: float = 0.0
     note: str = ""
 
 
-class StepClock:
-    """Notes when steps end, and memory before the first and after the last."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.before_mb = self.peak_mb = 0.0
-
-    def begin(self) -> None:
-        """Call just before the first step."""
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        self.before_mb = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-        self.ends.append(time.perf_counter())
-
-    def step(self) -> None:
-        """Call at the end of each step."""
-        self.ends.append(time.perf_counter())
-
-    def finish(self) -> None:
-        """Call after the last step."""
-        self.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    def figures(self) -> dict[str, Any]:
-        """Return the fields of Measured that a clock knows."""
-        step_s = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return {"step_s": step_s, "before_mb": self.before_mb, "peak_mb": self.peak_mb}
+# The rows
 
 
-class EngineClock(Callback):
-    """The clock as a callback of the engine: ``run.callbacks=[sft_vs_trl:EngineClock]``."""
-
-    def __init__(self) -> None:
-        self.clock = StepClock()
-
-    def on_train_begin(self, control: Control) -> None:
-        """Start the clock."""
-        self.clock.begin()
-
-    def on_step_end(self, control: Control) -> None:
-        """Note the step's end; after the last, write what was measured."""
-        self.clock.step()
-        if control.step == control.total_steps:
-            self.clock.finish()
-            (control.run_dir / "clock.json").write_text(json.dumps(self.clock.figures()))
-
-
-# The model and the rows
-
-
-def generated_rows(count: int) -> list[dict[str, str]]:
-    """Return Alpaca-like rows, always the same: prompts of 8 to 30 words, log-normal answers with a median near 45 words."""
-    draw = random.Random(0)
-    onsets, vowels, codas = "b c d f g h j k l m n p r s t v w z st tr ch sh".split(), "aeiou", ["", "n", "r", "s", "t"]
-    words = list(
-        dict.fromkeys(
-            "".join(
-                draw.choice(onsets) + draw.choice(vowels) + draw.choice(codas) for _ in range(draw.choice((1, 2, 2, 3)))
-            )
-            for _ in range(6000)
-        )
-    )
-    weights = [1 / (rank + 3) for rank in range(len(words))]
-
-    def text(length: int) -> str:
-        return " ".join(draw.choices(words, weights, k=length)).capitalize() + "."
-
-    return [
-        {
-            "instruction": text(draw.randint(8, 30)),
-            "input": "",
-            "output": text(max(3, min(300, round(draw.lognormvariate(3.8, 0.8))))),
-        }
-        for _ in range(count)
-    ]
-
-
-def read_rows(data: str | None, count: int) -> list[dict[str, str]]:
+def alpaca_rows(data: str | None, count: int) -> list[dict[str, str]]:
     """Return ``count`` Alpaca rows from a JSON or JSONL file, or generated ones."""
     if data is None:
-        return generated_rows(count)
+        return sides.generated_rows(count)
     text = Path(data).read_text(encoding="utf-8")
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     if len(rows) < count:
@@ -185,52 +78,17 @@ def read_rows(data: str | None, count: int) -> list[dict[str, str]]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Write the conversations (rows.jsonl) and the model with its tokenizer (model/) into the work folder."""
-    import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = Path(args.work)
-    alpaca = read_rows(args.data, max(1000, args.steps * args.batch) if args.data is None else args.steps * args.batch)
-    texts = [r[k] for r in alpaca for k in ("instruction", "input", "output")]
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in alpaca[: args.steps * args.batch]:
-            question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    size = SIZES[args.size]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = [AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size["vocab_size"],
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **size,
-        max_position_embeddings=2048,
-        attention_dropout=0.0,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config).float()
-    model.save_pretrained(folder / "model")
+    folder, needed = Path(args.work), args.steps * args.batch
+    alpaca = alpaca_rows(args.data, max(1000, needed) if args.data is None else needed)
+    conversations = [_conversation(row) for row in alpaca[:needed]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+    texts = [row[key] for row in alpaca for key in ("instruction", "input", "output")]
+    tokenizer, parameters = sides.write_model(folder / "model", args.size, TEMPLATE, texts)
     lengths = [
-        len(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=True, return_dict=True)["input_ids"])
-        for line in (folder / "rows.jsonl").read_text().splitlines()
+        len(tokenizer.apply_chat_template(c, tokenize=True, return_dict=True)["input_ids"]) for c in conversations
     ]
     about = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "rows": len(lengths),
         "tokenizer": len(tokenizer),
         "median_tokens": median(lengths),
@@ -238,6 +96,11 @@ def prepare(args: argparse.Namespace) -> None:
         "cut": sum(n > args.max_length for n in lengths),
     }
     (folder / "about.json").write_text(json.dumps(about))
+
+
+def _conversation(row: dict[str, str]) -> list[dict[str, str]]:
+    question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
 # The two sides
@@ -249,18 +112,11 @@ def train_trl(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     folder, options = Path(args.work), dict(VARIANTS[args.worker])
-    clock, losses, trained = StepClock(), [0.0] * args.steps, [0] * args.steps
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step()
+    clock, losses, trained = sides.StepClock(), [0.0] * args.steps, [0] * args.steps
 
     class Noting(SFTTrainer):  # type: ignore[misc]
         def compute_loss(
@@ -271,30 +127,23 @@ def train_trl(args: argparse.Namespace) -> None:
             trained[self.state.global_step] = int(num_items_in_batch)
             return loss
 
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = sides.read_rows(folder / "rows.jsonl")
     if options.get("padding_free"):  # TRL wants these rows cut beforehand
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         rows = [_tokenized(tokenizer, row["messages"], args.max_length) for row in rows]
     accumulate = options.pop("accumulate", False)
     config = SFTConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=args.steps,
+        **sides.trl_options(args),
         per_device_train_batch_size=1 if accumulate else args.batch,
         gradient_accumulation_steps=args.batch if accumulate else 1,
-        learning_rate=args.lr,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        train_sampling_strategy="sequential",
         assistant_only_loss=not options.get("padding_free"),
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
         **{"max_length": args.max_length, **options},
     )
     trainer = Noting(
-        model=str(folder / "model"), args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()]
+        model=str(folder / "model"),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[sides.trl_clock(clock)],
     )
     trainer.train()
     clock.finish()
@@ -310,18 +159,6 @@ def _tokenized(tokenizer: Any, messages: list[dict[str, str]], max_length: int) 
     return {"input_ids": ids, "labels": [t if m else -100 for t, m in zip(ids, mask, strict=True)]}
 
 
-def engine_command(args: argparse.Namespace, run_dir: Path) -> list[str]:
-    """Return the command that trains the same with this engine."""
-    folder = Path(args.work)
-    return [
-        sys.executable, "-m", "engine", f"model.path={folder / 'model'}", "data=messages",
-        f"data.train_path={folder / 'rows.jsonl'}", "data.shuffle=false", "data.overlong=truncate",
-        f"data.max_length={args.max_length}", f"train.global_batch_size={args.batch}", "scheduler=constant",
-        "scheduler.warmup_ratio=0", f"optimizer.lr={args.lr}", f"algorithm.max_num_steps={args.steps}",
-        "algorithm.val_at_end=false", f"run.dir={run_dir}", "run.callbacks=[sft_vs_trl:EngineClock]", *args.engine_override,
-    ]  # fmt: skip
-
-
 def measure(args: argparse.Namespace, side: str, number: int) -> Measured:
     """Run one side in a fresh process.
 
@@ -333,36 +170,18 @@ def measure(args: argparse.Namespace, side: str, number: int) -> Measured:
     folder = Path(args.work) / f"{side}-{number}"
     folder.mkdir()
     if side == "engine":
-        command = engine_command(args, folder)
+        command = [sys.executable, "-m", "engine", *sides.engine_words(args, "rows.jsonl", folder), "data=messages"]
+        command += ["data.overlong=truncate", "algorithm.val_at_end=false", *args.engine_override]
     else:
-        command = [sys.executable, str(HERE), "--worker", side, "--result", str(folder / "result.json")]
-        for name in ("work", "size", "batch", "steps", "threads", "lr", "max_length"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    load = os.getloadavg()[0]
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment(args), cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{side} failed ({process.returncode}):\n" + (folder / "output.txt").read_text()[-4000:])
+        command = [*sides.worker(__file__, side, args.work), "--result", str(folder / "result.json")]
+    about = sides.run_side(side, command, folder, sides.environment(args))
     if side == "engine":
-        found = json.loads((folder / "clock.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found, lines = sides.read_run(folder)
         found["losses"] = [line["train/loss"] for line in lines]
         found["trained_tokens"] = [line["train/trained_tokens"] for line in lines]
     else:
         found = json.loads((folder / "result.json").read_text())
-    return Measured(**found, lifetime_peak_mb=usage.ru_maxrss / 1024, load=load)
-
-
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of both sides: the same threads, no network, a cache of its own."""
-    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    own = {"ANNEAL_CACHE": str(Path(args.work) / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **threads, **quiet, **own}
+    return Measured(**found, **about)
 
 
 # The comparison
@@ -387,7 +206,7 @@ class Comparison:
     @property
     def sound(self) -> bool:
         """Whether both sides did the same computation."""
-        return self.same_tokens and self.loss_gap < LOSS_TOLERANCE
+        return self.same_tokens and self.loss_gap < sides.LOSS_TOLERANCE
 
 
 def rate(run: Measured, args: argparse.Namespace) -> float:
@@ -397,47 +216,40 @@ def rate(run: Measured, args: argparse.Namespace) -> float:
 
 def compare(ours: Sequence[Measured], theirs: Sequence[Measured], variant: str, args: argparse.Namespace) -> Comparison:
     """Hold the runs of each round against one another."""
-    pairs = list(zip(ours, theirs, strict=True))
-    first = slice(0, LOSS_STEPS)
-    gaps = [abs(x - y) / abs(y) for a, b in pairs for x, y in zip(a.losses[first], b.losses[first], strict=True)]
+    first = slice(0, sides.LOSS_STEPS)
     return Comparison(
         variant=variant,
-        speed=[rate(a, args) / rate(b, args) for a, b in pairs],
-        memory=[a.peak_mb / b.peak_mb for a, b in pairs],
-        added=[(a.peak_mb - a.before_mb) / (b.peak_mb - b.before_mb) for a, b in pairs],
-        loss_gap=max(gaps),
-        same_tokens=all(a.trained_tokens[first] == b.trained_tokens[first] for a, b in pairs),
+        speed=sides.ratios(ours, theirs, lambda run: rate(run, args)),
+        memory=sides.ratios(ours, theirs, sides.peak_mb),
+        added=sides.ratios(ours, theirs, sides.added_mb),
+        loss_gap=sides.loss_gap(ours, theirs),
+        same_tokens=all(a.trained_tokens[first] == b.trained_tokens[first] for a, b in zip(ours, theirs, strict=True)),
     )
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[Measured]], compared: Sequence[Comparison]) -> str:
     """Return the figures as Markdown."""
     about = json.loads((Path(args.work) / "about.json").read_text())
-    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    names = ("torch", "transformers", "trl", "accelerate", "tokenizers", "anneal")
-    loads = [r.load for side in runs.values() for r in side]
+    packages = ("torch", "transformers", "trl", "accelerate", "tokenizers", "anneal")
     source = Path(args.data).name if args.data else "generated rows"
     lines = [
         f"# SFT against TRL, {args.size} model",
         "",
-        f"{date.today().isoformat()} · {_cpu()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB · threads {args.threads} · "
-        f"load before each run {min(loads):.1f} to {max(loads):.1f} · Python {platform.python_version()}, "
-        + ", ".join(f"{n} {metadata.version(n)}" for n in names),
+        sides.about_machine(args, runs.values(), packages),
         "",
-        f"Llama of {about['parameters'] / 1e6:.1f}M parameters, vocabulary {SIZES[args.size]['vocab_size']:,} (tokenizer "
+        f"Llama of {about['parameters'] / 1e6:.1f}M parameters, vocabulary {sides.SIZES[args.size]['vocab_size']:,} (tokenizer "
         f"{about['tokenizer']:,}), float32. {source}: {about['rows']} conversations, median {about['median_tokens']:.0f} tokens, "
         f"longest {about['longest']}, {about['cut']} cut at {args.max_length}. {args.batch} conversations a step, "
         f"{args.steps} steps, the first {args.warmup} not timed; {args.rounds} rounds, sides taking turns, a fresh process each.",
         "",
         "| engine against TRL | conversations/s, ratio (min to max) | peak memory, ratio | memory added by training, ratio | "
-        f"largest loss gap, {LOSS_STEPS} steps |",
+        f"largest loss gap, {sides.LOSS_STEPS} steps |",
         "|---|---|---|---|---|",
     ]
     for c in compared:
-        gap = f"{c.loss_gap:.1e}" + ("" if c.sound else " **not the same computation**")
         lines.append(
-            f"| {c.variant} | **{median(c.speed):.2f}×** ({min(c.speed):.2f} to {max(c.speed):.2f}) | {_ratio(c.memory)} | "
-            f"{_ratio(c.added)} | {gap} |"
+            f"| {c.variant} | **{median(c.speed):.2f}×** ({min(c.speed):.2f} to {max(c.speed):.2f}) | {sides.spread(c.memory)} | "
+            f"{sides.spread(c.added)} | {sides.gap_text(c.loss_gap, c.sound)} |"
         )
     lines += [
         "",
@@ -461,15 +273,6 @@ def report(args: argparse.Namespace, runs: dict[str, list[Measured]], compared: 
     return "\n".join(lines) + "\n"
 
 
-def _ratio(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.machine())
-
-
 def main() -> int:
     """Run the benchmark, or one worker of it; 1 if a compared side did not do the same computation."""
     args = arguments()
@@ -478,8 +281,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="sft_vs_trl-") as work:
         args.work = work
-        command = [sys.executable, str(HERE), *sys.argv[1:], "--worker", "prepare", "--work", work]
-        subprocess.run(command, check=True, env=environment(args))
+        subprocess.run(sides.worker(__file__, "prepare", work), check=True, env=sides.environment(args))
         runs: dict[str, list[Measured]] = {side: [] for side in ("engine", *args.variants)}
         for number in range(args.rounds):
             for side, found in runs.items():
@@ -488,38 +290,33 @@ def main() -> int:
                 print(f"round {number + 1} {side:17} {shown}, load before {found[-1].load:.1f}", flush=True)
         compared = [compare(runs["engine"], runs[v], v, args) for v in args.variants]
         text = report(args, runs, compared)
-    print("\n" + text)
-    if args.out:
-        file = HERE.parent / "results" / f"{args.out}.md"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+    sides.publish(text, args.out)
     return 0 if all(c.sound for c in compared) else 1
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = sides.arguments(
+        __doc__,
+        data="JSON or JSONL file in Alpaca format; without it rows are generated",
+        examples="conversations",
+        steps=STEPS,
+        rounds=5,
+        lr=1e-3,
+    )
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small")
-    add("--data", type=os.path.abspath, help="JSON or JSONL file in Alpaca format; without it rows are generated")
-    add("--batch", type=int, default=8, help="conversations a step")
-    add("--steps", type=int, help=f"steps a run, warm-up included (default {STEPS})")
-    add("--warmup", type=int, default=2, help="steps that are not timed")
-    add("--rounds", type=int, default=5)
-    add("--threads", type=int, default=2)
-    add("--lr", type=float, default=1e-3)
-    add("--max-length", type=int, default=512)
-    add("--variants", type=lambda s: s.split(","), default=[v for v in VARIANTS if v != "compiled"])
+    usual = [v for v in VARIANTS if v != "compiled"]
+    add(
+        "--variants",
+        type=sides.some(VARIANTS),
+        default=usual,
+        help=f"of {', '.join(VARIANTS)} (default: all but compiled)",
+    )
     add("--engine-override", action="append", default=[], help="one more override of the engine; may be repeated")
-    add("--out", help="name of the Markdown file in benchmarks/results")
-    for name in ("--worker", "--work", "--result"):
-        add(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps = args.steps or STEPS[args.size]
-    if args.steps < LOSS_STEPS:
-        parser.error(f"--steps must be at least {LOSS_STEPS}: the losses of so many are compared")
-    if unknown := set(args.variants) - set(VARIANTS):
-        parser.error(f"--variants: {', '.join(sorted(unknown))} unknown; there are {', '.join(VARIANTS)}")
+    if args.steps < sides.LOSS_STEPS:
+        parser.error(f"--steps must be at least {sides.LOSS_STEPS}: the losses of so many are compared")
     return args
 
 

@@ -27,9 +27,11 @@ def export(source: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not an empty folder; choose another.")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from engine.backends import hf_model, shards
 
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(found)
     dtype, config.dtype = config.dtype, None
     weights = shards.read(found, "model/")

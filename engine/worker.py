@@ -289,7 +289,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def remedy(config: RunConfig) -> str:
     """Return the smallest change that makes a step need less memory."""
     packing, longest = config.data.packing, config.data.max_length
-    together = 2 if config.algorithm.name == "dpo" else 1
+    together = config.algorithm.together
     capacity, least = max_tokens_per_micro_batch(config.data, together), together * longest
     if packing.enabled and capacity > least:
         return f"set data.packing.max_tokens={max(least, capacity // 2)}"

@@ -158,12 +158,26 @@ def test_examples_are_those_of_the_first_step_and_packing_is_the_loaders(base: l
     assert len(found.steps) == 2
     for step, (count, bins) in enumerate(found.steps):
         batches = train.step(step)
-        assert count == len(batches) and [b.lengths for b in bins] == [batch.lengths() for batch in batches]
+        assert count == len(batches) and [b.lengths for b in bins] == [
+            np.diff(batch.cu_seqlens).tolist() for batch in batches
+        ]
         assert [sum(b.lengths) for b in bins] == [batch.num_tokens for batch in batches]
         assert all(b.capacity == train.capacity >= sum(b.lengths) for b in bins)
     trained = sum(batch.targets.num_tokens for batch in train.step(0))
     assert sum(document.num_trained for document in found.documents) == trained
     assert sum(len(p.ids) for d in found.documents for p in d.pieces if p.weight is not None) == trained
+
+
+def test_pairs_stay_together_behind_one_prompt(base: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"why {i}?", "chosen": "yes " * (i % 5 + 1), "rejected": "no " * (i % 3 + 1)} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [w for w in base if not w.startswith("data")]
+    words = [*own, "algorithm=dpo", "data=binary_preference", f"data.train_path={file}", "data.max_length=64"]
+    found = look.look(compose.compose([*words, "data.packing.max_tokens=128"]), tmp_path, say=lambda text: None)
+    batches = found.train.step(0)
+    assert len(batches) > 1 and all(batch.shared for batch in batches)
+    assert [b.lengths for b in found.steps[0][1]] == [np.diff(batch.cu_seqlens).tolist() for batch in batches]
 
 
 def test_padding_and_ranks_are_shown_as_they_will_be(run: Callable[..., tuple[int, str, str]], base: list[str]) -> None:

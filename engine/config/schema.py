@@ -237,6 +237,11 @@ class AlgorithmSection(Section):
     reference: str | None
     """dpo: initial (the weights that training starts from), none, or a model folder or hub id."""
 
+    @property
+    def together(self) -> int:
+        """Documents of each conversation, which stay in one micro-batch: 2 where the data are pairs."""
+        return 2 if self.name == "dpo" else 1
+
 
 class TrainSection(Section):
     """The size of a step."""

@@ -130,7 +130,7 @@ class Encoder:
             self.tool_template = Template(tokenizer, template, variables, tools=True)
         self.mask = TokenMask(tokenizer)
         self.data = config.data
-        self.takes_pairs = config.algorithm.name == "dpo"
+        self.takes_pairs = config.algorithm.together == 2
         self.num_ids = len(tokenizer)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         for key, token in (("add_bos", self.bos), ("add_eos", self.eos)):

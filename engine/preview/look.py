@@ -178,6 +178,7 @@ def _all_rows(config: RunConfig, scratch: Path, say: Say) -> tuple[Data, Loader]
         seed=config.run.seed,
         ranks=cluster.num_workers or (cluster.gpus_per_node or 0) * cluster.num_nodes or 1,
         attention_length=hub.attention_length(config.model),
+        together=config.algorithm.together,
     )
 
 
@@ -221,7 +222,7 @@ def bins(train: Loader, step: int) -> list[Bin]:
     documents = train.documents(step)
     ends = np.cumsum([len(part.samples) for part in train.data.parts])
     parts = np.searchsorted(ends, documents, "right")
-    lengths = train.data.lengths[documents]
+    lengths = train.lengths[documents]
     found = []
     for rank, groups in enumerate(train.assign(documents)):
         for number, group in enumerate(groups):
