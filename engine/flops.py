@@ -31,6 +31,8 @@ PEAK_TFLOPS = (
 def train_flops(
     *,
     layer_params: int,
+    frozen_layer_params: int = 0,
+    frozen_output: bool = False,
     num_layers: int,
     num_heads: int,
     head_dim: int,
@@ -48,10 +50,13 @@ def train_flops(
         6 · V · H · N                    output layer: only for the trained tokens
         6 · L · heads · head_dim · Σ l²  causal attention: forward 2 products · 2 · l²/2, and twice that backward
 
+    Of a matrix that is not trained (LoRA's base) the backward pass makes the gradient of the input alone: 4 in place of 6.
     The embedding is a lookup and counts nothing; norms, biases and activations are negligible.
 
     Args:
-        layer_params: Parameters of all decoder layers that a token passes through, P.
+        layer_params: Trained parameters of all decoder layers that a token passes through, P.
+        frozen_layer_params: Those that are not trained.
+        frozen_output: Whether the output layer is not trained.
         num_layers: Decoder layers, L.
         num_heads: Query heads.
         head_dim: Width of a head.
@@ -61,8 +66,8 @@ def train_flops(
         num_trained_tokens: Trained tokens of the step, N.
         squared_lengths: The squared length of every document of the step, summed, Σ l².
     """
-    layers = 6.0 * layer_params * num_tokens
-    output = 6.0 * vocab_size * hidden_size * num_trained_tokens
+    layers = (6.0 * layer_params + 4.0 * frozen_layer_params) * num_tokens
+    output = (4.0 if frozen_output else 6.0) * vocab_size * hidden_size * num_trained_tokens
     attention = 6.0 * num_layers * num_heads * head_dim * squared_lengths
     return layers + output + attention
 

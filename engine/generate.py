@@ -11,7 +11,7 @@ from engine.errors import EXIT_DONE, UserError, command
 
 
 def load(path: str) -> tuple[Any, Any]:
-    """Return the model and tokenizer of a folder or hub id.
+    """Return the model and tokenizer of a folder or hub id; of LoRA's adapters, their base with them.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -20,8 +20,10 @@ def load(path: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not (Path(path) / "config.json").is_file() and (path.startswith(("/", ".")) or path.count("/") != 1):
-        hint = f"; {path}/hf does" if (Path(path) / "hf").is_dir() else ""
+    whole = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not whole and (path.startswith(("/", ".")) or path.count("/") != 1):
+        beside = (Path(path) / "hf", Path(path) / "adapter", Path(path).parent / "adapter")
+        hint = next((f"; {folder} does" for folder in beside if folder.is_dir()), "")
         raise UserError(f"--model {path}: holds no config.json{hint}.")
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)

@@ -34,11 +34,11 @@ class BeforeAndAfter(Callback):
             control.say(f"  {question} → {said}{_short(after[i])} | {right}")
         was = f"{self._score(self.before):.1%} → " if self.before else ""
         control.say(f"\nexact match on {len(self.rows)} held-out prompts: {was}{self._score(after):.1%}")
-        hf = control.run_dir / "hf"
+        weights = next(f for f in (control.run_dir / "hf", control.run_dir / "adapter") if f.is_dir())
         control.say(
-            f"weights: {hf}\n"
+            f"weights: {weights}\n"
             "next:\n"
-            f'  python -m engine.generate --model {hf} --prompt "Backwards: stone"\n'
+            f'  python -m engine.generate --model {weights} --prompt "Backwards: stone"\n'
             "  python -m engine data=messages data.train_path=YOURS.jsonl model.path=FOLDER_OR_HUB_ID   # your data, your model\n"
             "  python -m engine --help                                                     # every key"
         )

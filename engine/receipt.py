@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import hub
-from engine.config.schema import RunConfig
+from engine.config.schema import ModelSection, RunConfig
 from engine.data.assemble import Data
 from engine.ranks import Ranks
 
@@ -26,6 +26,7 @@ PACKAGES = (
     "pyarrow",
     "safetensors",
     "hydra-core",
+    "peft",
     "triton",
     "liger-kernel",
 )
@@ -60,10 +61,15 @@ def weights_fingerprint(config: RunConfig) -> str:
 
     Fresh weights are a function of the configuration and ``run.seed``.
     """
-    folder = hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
+    return model_fingerprint(config.model, config.run.seed)
+
+
+def model_fingerprint(model: ModelSection, seed: int) -> str:
+    """Return the hash of a model's section of a recipe, and its seed; see ``weights_fingerprint``."""
+    folder = hub.folder(model.path, model.revision, weights=model.init == "pretrained")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if config.model.init == "random":
-        digest.update(f"random {config.run.seed} {sorted(config.model.config_overrides.items())}".encode())
+    if model.init == "random":
+        digest.update(f"random {seed} {sorted(model.config_overrides.items())}".encode())
         return digest.hexdigest()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -33,6 +33,7 @@ RESUMABLE = {
     "run.record_memory",
     "run.profile_steps",
     "backend.torch",
+    "model.lora.merge",
 }
 """Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
 
@@ -52,6 +53,7 @@ class RunFolder:
 
     def __init__(self, config: RunConfig, recipe: str, lock: str | None = ".lock", wait_s: float = 0.0) -> None:
         self.path = Path(config.run.dir).expanduser().absolute()
+        self.lora, self.pretrained = config.model.lora, config.model.init == "pretrained"
         self._lock: TextIO | None = None
         if lock is None:
             return
@@ -75,14 +77,25 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def hf(self) -> Path:
-        """Folder of the final weights."""
-        return self.path / "hf"
+    def hf(self, step: int | None = None) -> Path | None:
+        """Return the folder of the final weights, or those after a step (``checkpoint.hf_period``); None: not written."""
+        return self._weights("hf", step) if not self.lora.enabled or self.lora.merge else None
 
-    def hf_at(self, step: int) -> Path:
-        """Folder of the weights after a step (``checkpoint.hf_period``)."""
-        return self.path / "hf_steps" / f"step_{step:08d}"
+    def adapter(self, step: int | None = None) -> Path | None:
+        """Return the same of LoRA's adapters; None too where peft would not find the base, random weights, again."""
+        return self._weights("adapter", step) if self.lora.enabled and self.pretrained else None
+
+    @property
+    def final(self) -> Path:
+        """Folder of the final weights: the model, or adapters alone with ``model.lora.merge=false``."""
+        return self.hf() or self.path / "adapter"
+
+    def _weights(self, name: str, step: int | None) -> Path:
+        return self.path / name if step is None else self.path / f"{name}_steps" / f"step_{step:08d}"
+
+    def is_finished(self) -> bool:
+        """Tell whether the final weights are written."""
+        return any((self.final / name).is_file() for name in ("config.json", "adapter_config.json"))
 
     def check_receipt(self, lock: dict[str, Any]) -> None:
         """Refuse to go on with other data or weights than the run began with.

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -174,7 +174,7 @@ class Trainer:
                 self._save()
                 self._agree(stop)
             if self._due(config.checkpoint.hf_period):
-                self._export(self.folder.hf_at(state.step))
+                self._export(state.step)
         if not state.total_steps:
             return EXIT_DONE  # algorithm.max_num_steps=0 validates, and trains nothing to keep
         if self._saved_step != state.step:
@@ -331,19 +331,28 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_save(self.control, checkpoint)
 
-    def _export(self, target: Path) -> None:
-        """Write a Hugging Face folder; the first rank writes, the others take part in gathering."""
+    def _export(self, step: int | None = None) -> None:
+        """Write the folders of weights, the final ones or those of a step."""
+        for target, write in (
+            (self.folder.adapter(step), self.backend.export_adapter),
+            (self.folder.hf(step), self.backend.export),
+        ):
+            if target is not None:
+                self._write(target, write)
+
+    def _write(self, target: Path, write: Callable[[Path | None], None]) -> None:
+        """Write a folder; the first rank writes, the others take part in gathering."""
         if not self.ranks.main:
-            self.ranks.together(lambda: self.backend.export(None))
+            self.ranks.together(lambda: write(None))
             return
         with written_aside(target) as aside:
-            self.ranks.together(lambda: self.backend.export(aside))
+            self.ranks.together(lambda: write(aside))
 
     def _finish(self) -> None:
         self._flush()
-        self._export(self.folder.hf)
+        self._export()
         self.console.say(
-            f"done: {self.state.step} steps, {self.state.total_tokens:,} tokens; weights in {self.folder.hf}"
+            f"done: {self.state.step} steps, {self.state.total_tokens:,} tokens; weights in {self.folder.final}"
         )
         self._call("on_train_end")
 

@@ -211,7 +211,14 @@ class Backend(Protocol):
         ...
 
     def export(self, folder: Path | None) -> None:
-        """Write the weights and configuration as transformers loads them; all ranks call, those that do not write with None."""
+        """Write the weights and configuration as transformers loads them, LoRA's adapters merged.
+
+        All ranks call, those that do not write with None.
+        """
+        ...
+
+    def export_adapter(self, folder: Path | None) -> None:
+        """Write LoRA's adapters as peft loads them; all ranks call, as with ``export``."""
         ...
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:

@@ -96,13 +96,14 @@ def _run(
     closing.append(checkpoints)
     source, state = ranks.first(lambda: folder.resume_from(config))
     objective = ranks.together(lambda: objectives.build(config.algorithm))
+    ranks.together(lambda: backends.check(config))
     data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
     lock = ranks.first(lambda: _receipt(config, data, folder, ranks))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
-    if source is not None and done and ranks.first((folder.hf / "config.json").is_file):
-        console.say(f"already finished: {state.step} steps; weights in {folder.hf}")
+    if source is not None and done and ranks.first(folder.is_finished):
+        console.say(f"already finished: {state.step} steps; weights in {folder.final}")
         return EXIT_DONE
     ranks.first(lambda: folder.write_recipe(lock))
     ranks.first(lambda: report.write(folder.path, data, train))
@@ -236,7 +237,8 @@ def _attach_reference(
     path = config.algorithm.reference
     chosen, build = config, lambda: backend
     if path not in (None, "initial"):
-        model = config.model.model_copy(update={"path": path, "revision": None, "init": "pretrained"})
+        whole = config.model.lora.model_copy(update={"enabled": False})
+        model = config.model.model_copy(update={"path": path, "revision": None, "init": "pretrained", "lora": whole})
         chosen = config.model_copy(update={"model": model})
         build = functools.cache(lambda: backends.build(chosen, ranks))
     most = config.algorithm.val_batches
@@ -297,4 +299,9 @@ def remedy(config: RunConfig) -> str:
         return f"set train.micro_batch_size={config.train.micro_batch_size // 2}"
     if config.model.recompute == "none":
         return "set model.recompute=full"
-    return f"set data.max_length={longest // 2}, or train a smaller model"
+    fewer = (
+        "train a smaller model"
+        if config.model.lora.enabled
+        else "set model.lora.enabled=true, or train a smaller model"
+    )
+    return f"set data.max_length={longest // 2}, or {fewer}"

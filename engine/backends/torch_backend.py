@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine import flops
-from engine.backends import attention, hf_model, shards
+from engine.backends import attention, hf_model, lora, shards
 from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
@@ -105,6 +106,7 @@ class TorchBackend:
         self.lm = hf_model.skeleton(config.model, attention=attention.NAME)
         self._check_model()
         self.weights = self._sharded() if sharded else self._replicated()
+        self.adapted = list(lora.layers(self.lm).values()) if config.model.lora.enabled else []
         self.optimizer = _adamw(self.weights.master, config.optimizer)
         self.skipped = torch.zeros((), device=self.device)
         self.write_group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.size > 1 else None
@@ -164,10 +166,14 @@ class TorchBackend:
 
     @torch.no_grad()
     def sequence_logprobs(self, batch: MicroBatch) -> Tensor:
-        """Return the log-probability of each document's trained tokens, summed, without gradients; float32 [S]."""
+        """Return the log-probability of each document's trained tokens, summed, without gradients; float32 [S].
+
+        Adapters are off: it is the base that a LoRA run starts from, and its reference, whatever has been trained since.
+        """
         self.root.eval()
         batch = batch.to(self.device)
-        logprobs_N, weights_N = self.root(self.root.logprobs, batch), batch.targets.weights_N
+        with lora.disabled(self.adapted):
+            logprobs_N, weights_N = self.root(self.root.logprobs, batch), batch.targets.weights_N
         self.weights.rest()
         return reference.sums_by_group(
             logprobs_N if weights_N is None else logprobs_N * weights_N, batch.targets.bounds
@@ -218,6 +224,8 @@ class TorchBackend:
             files = shards.save(state, folder, self.write_group)
             if self.ranks.main:
                 hf_model.write_description(self.lm, self.tokenizer, folder, self.dtype)
+                if self.adapted:
+                    lora.describe(self.config.model, self.config.run.seed, folder)
                 files += [f for f in folder.iterdir() if not f.name.startswith("shard-")]
             return files
 
@@ -228,14 +236,16 @@ class TorchBackend:
 
         Raises:
             RunError: If it cannot be read.
-            UserError: If it is of another model.
+            UserError: If it is of another model, or of other adapters.
         """
         state = self._state()
         sizes = shards.sizes(folder)
         wanted = {name: x for name, x in state.items() if not name.startswith("rng/")}
-        if {name: x.shape for name, x in wanted.items()} != {
-            n: s for n, s in sizes.items() if not n.startswith("rng/")
-        }:
+        shapes = {name: x.shape for name, x in wanted.items()}
+        if shapes != {n: s for n, s in sizes.items() if not n.startswith("rng/")}:
+            other = lora.mismatch(sizes, shapes)
+            if other is not None:
+                raise UserError(f"{folder}: the checkpoint {other}.")
             raise UserError(
                 f"{folder}: the checkpoint is of another model than {self.config.model.path}; choose the run's own recipe."
             )
@@ -265,18 +275,30 @@ class TorchBackend:
         return needed / (seconds * self.ranks.size * self._peak)
 
     def checkpoint_bytes(self) -> int:
-        """Return the size of one checkpoint: float32 weights and two moments."""
-        return 12 * sum(p.numel() for p in self.root.parameters())
+        """Return the size of one checkpoint: float32 weights and two moments of all that is trained."""
+        return 12 * sum(p.numel() for p in self.root.parameters() if p.requires_grad)
 
     def export(self, folder: Path | None) -> None:
-        """Write the master weights, in the compute type, as a Hugging Face folder.
+        """Write the master weights, adapters merged in float32, in the compute type, as a Hugging Face folder.
 
         Args:
             folder: None on the ranks that only take part in gathering.
         """
-        weights = {name: p.detach().to("cpu", self.dtype) for name, p in self.weights.whole() if folder is not None}
+        whole = ((n, p) for n, p in self.weights.whole() if folder is not None)
+        weights = {n: p.detach().to("cpu", p.dtype if self.adapted else self.dtype) for n, p in whole}
         if folder is not None:
+            weights = lora.merged(self.lm, weights) if self.adapted else weights
             hf_model.write(self.lm, weights, self.tokenizer, folder, self.dtype)
+
+    def export_adapter(self, folder: Path | None) -> None:
+        """Write LoRA's adapters, float32, as peft loads them.
+
+        Args:
+            folder: None on the ranks that only take part in gathering.
+        """
+        weights = {name: p.detach().cpu() for name, p in self.weights.whole(frozen=False) if folder is not None}
+        if folder is not None:
+            lora.write(self.lm, weights, self.tokenizer, folder)
 
     def generate(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         """Answer conversations by greedy decoding."""
@@ -299,7 +321,9 @@ class TorchBackend:
         layers = nn.ModuleList(hf_model.layers(self.lm))
         return partial(
             flops.train_flops,
-            layer_params=sum(p.numel() for p in layers.parameters()),
+            layer_params=sum(p.numel() for p in layers.parameters() if p.requires_grad),
+            frozen_layer_params=sum(p.numel() for p in layers.parameters() if not p.requires_grad),
+            frozen_output=not self.lm.get_output_embeddings().weight.requires_grad,
             num_layers=len(layers),
             num_heads=config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -319,19 +343,28 @@ class TorchBackend:
             self.lm.tie_weights()
         else:
             self.lm = hf_model.load(self.config.model, self.lm)
+        if self.config.model.lora.enabled:
+            lora.inject(self.config.model, self.lm, self.dtype)
+            lora.initialise(self.lm, self.config.run.seed, hf_model.into_module)
         self.root = self._trainable(self.lm.to(self.device))
         return Replicated(self.root, self.dtype, self.ranks)
 
     def _sharded(self) -> Sharded:
         """Shard the model before it has weights; then each rank reads or draws its own rows."""
+        bare, seed = self.lm, self.config.run.seed
+        if self.config.model.lora.enabled:
+            bare = copy.deepcopy(self.lm)  # its names and shapes are those of the files
+            lora.inject(self.config.model, self.lm, self.dtype)
         self.root = self._trainable(self.lm)
         layers = hf_model.layers(self.lm)
         weights = Sharded(self.root, layers, self.dtype, self.config.backend.torch, self.ranks)
+        if self.config.model.lora.enabled:
+            lora.initialise(self.lm, seed, lambda module, name, p: weights.fill(name, p))
         if self.config.model.init == "random":
-            hf_model.initialise(self.lm, self.config.run.seed, lambda module, name, p: weights.fill(name, p))
+            hf_model.initialise(bare, seed, lambda module, name, p: weights.fill(name, p))
         else:
             buffers = hf_model.saved_buffers(self.lm)
-            for name, source in hf_model.sources(self.config.model, self.lm):
+            for name, source in hf_model.sources(self.config.model, bare):
                 if name in buffers:
                     buffers[name].copy_(source[:])
                 else:
@@ -354,7 +387,8 @@ class TorchBackend:
             moments = self.optimizer.state[p]
             for key, local in (("model", p), *((key, moments[key]) for key in MOMENTS)):
                 state[f"{key}/{name}"] = self.weights.saved(name, local)
-        state |= {f"model/{name}": b for name, b in hf_model.saved_buffers(self.lm).items()}
+        if not self.adapted:  # the base is that of model.path
+            state |= {f"model/{name}": b for name, b in hf_model.saved_buffers(self.lm).items()}
         state |= {"optimizer/step": moments["step"].reshape(1), "skipped": self.skipped.reshape(1)}
         state[f"rng/cpu/{self.ranks.rank}"] = torch.get_rng_state()
         if self.device.type == "cuda":

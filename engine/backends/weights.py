@@ -1,12 +1,13 @@
 """The weights that the optimizer updates: float32, as plain tensors of this rank, whole or one shard of them.
 
-Both classes offer the same face. ``Replicated`` holds all weights on every rank; ``Sharded`` spreads them by FSDP2.
+What requires no gradient, the base under LoRA's adapters, stays as it is and has no other copy. Both classes offer the same face.
+``Replicated`` holds all weights on every rank; ``Sharded`` spreads them by FSDP2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from engine.backends.lora import plain
 from engine.config.schema import TorchSection
 from engine.ranks import Ranks
+
+P = TypeVar("P", bound=Tensor)
 
 
 class Replicated:
@@ -27,13 +31,14 @@ class Replicated:
     Gradients add up over micro-batches in float32 and over ranks once a step.
 
     Args:
-        root: The model, its parameters float32.
+        root: The model; parameters that are trained are float32.
         dtype: Compute type.
         ranks: Every one has a copy.
     """
 
     def __init__(self, root: nn.Module, dtype: torch.dtype, ranks: Ranks) -> None:
-        self.compute = _named_parameters(root)
+        self.parameters = _named_parameters(root)
+        self.compute = _trained(self.parameters)
         self.master: dict[str, Tensor] = self.compute
         self.ranks = ranks
         if dtype == torch.float32:
@@ -74,9 +79,9 @@ class Replicated:
         """Return a tensor of the shape of a parameter's part as a checkpoint takes it: with its place in the whole."""
         return local.detach()
 
-    def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Return each parameter whole."""
-        yield from self.master.items()
+    def whole(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Return each parameter whole, by default those that are not trained too."""
+        yield from ({**self.parameters, **self.master} if frozen else self.master).items()
 
     @staticmethod
     def _accumulator(master: Tensor) -> Any:
@@ -131,18 +136,19 @@ class Sharded:
             root(lambda: None)  # FSDP gives every shard its final storage with the first forward
         self.rest()
         self.parameters: dict[str, DTensor] = _named_parameters(root)  # type: ignore[assignment]
-        self.master: dict[str, Tensor] = {n: nn.Parameter(p.to_local().detach()) for n, p in self.parameters.items()}
+        self.trained: dict[str, DTensor] = _trained(self.parameters)
+        self.master: dict[str, Tensor] = {n: nn.Parameter(p.to_local().detach()) for n, p in self.trained.items()}
 
     def fill(self, name: str, source: Any) -> None:
         """Copy this rank's rows of a parameter from a whole tensor, or anything that is sliced like one."""
         p = self.parameters[name]
         shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         if shape[0]:
-            self.master[name].data.copy_(source[offset[0] : offset[0] + shape[0]])
+            p.to_local().detach().copy_(source[offset[0] : offset[0] + shape[0]])
 
     def reduce(self) -> None:
         """Take the gradients that the backward pass has reduced."""
-        for name, p in self.parameters.items():
+        for name, p in self.trained.items():
             self.master[name].grad = None if p.grad is None else p.grad.to_local()  # type: ignore[attr-defined]
 
     def grads(self) -> list[Tensor]:
@@ -157,7 +163,7 @@ class Sharded:
 
     def publish(self) -> None:
         """Drop the gradients; the shards are the model's own."""
-        for name, p in self.parameters.items():
+        for name, p in self.trained.items():
             self.master[name].grad = p.grad = None
 
     def rest(self) -> None:
@@ -172,12 +178,17 @@ class Sharded:
             local.detach(), spec
         )  # DTensor.from_local would copy what is offloaded to the device
 
-    def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Return each parameter whole, gathered when its turn comes."""
-        for name, p in self.parameters.items():
+    def whole(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Return each parameter whole, by default those that are not trained too, gathered when its turn comes."""
+        for name, p in (self.parameters if frozen else self.trained).items():
             yield name, p.full_tensor().detach()
 
 
 def _named_parameters(root: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by the names that the model gives them, tied ones once."""
-    return {name.removeprefix("lm."): p for name, p in root.named_parameters()}
+    """Return the parameters by the names that the model gives them without LoRA, tied ones once."""
+    return {plain(name.removeprefix("lm.")): p for name, p in root.named_parameters()}
+
+
+def _trained(parameters: dict[str, P]) -> dict[str, P]:
+    """Return those of the parameters that the optimizer updates."""
+    return {name: p for name, p in parameters.items() if p.requires_grad}

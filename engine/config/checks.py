@@ -277,6 +277,11 @@ def _check_model(model: ModelSection) -> list[str]:
         return problems
     if model.revision is not None:
         problems.append(f"model.revision={model.revision}: {path} is a folder, which has no revisions; set it to null.")
+    if not os.path.isfile(folder / "config.json") and (adapter := adapter_beside(folder)) is not None:
+        return [
+            f"model.path={path}: {adapter} holds LoRA adapters and no model; give the folder of the model with them merged, which "
+            "model.lora.merge=true or python -m engine.export --checkpoint RUN_DIR --out DIR writes."
+        ]
     if not os.path.isdir(folder):
         choices = ", ".join(f"{BUILTIN}{d.name}" for d in sorted(ASSETS.iterdir()) if d.is_dir())
         if path.startswith(BUILTIN):
@@ -300,6 +305,24 @@ def _check_model(model: ModelSection) -> list[str]:
     if isinstance(fields.get("text_config"), dict):
         problems.append(
             f"model.path={path}: a model of several modalities; give the folder of a text-only causal model."
+        )
+    return problems
+
+
+def adapter_beside(folder: Path) -> Path | None:
+    """Return the folder of LoRA's adapters that a path without a model is, or stands beside in a run folder; None if none is."""
+    found = [folder, *([folder.parent / "adapter"] if folder.name == "hf" else [])]
+    return next((f for f in found if os.path.isfile(f / "adapter_config.json")), None)
+
+
+def _check_lora(model: ModelSection) -> list[str]:
+    lora, problems = model.lora, []
+    if lora.target_modules is not None and not lora.target_modules:
+        problems.append("model.lora.target_modules is empty: name some layers, or set it to null for all linear ones.")
+    if lora.enabled and not lora.merge and model.init == "random":
+        problems.append(
+            "model.lora.merge=false leaves adapters alone, and model.init=random a base that no file holds: set one of them to the "
+            "other value."
         )
     return problems
 
@@ -410,6 +433,7 @@ CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
     _check_cluster: ("cluster",),
     _check_layout: ("cluster", "train", "data", "backend"),
     _check_model: ("model",),
+    _check_lora: ("model",),
     _check_length: ("model", "data"),
 }
 """Each check and the sections it looks at."""

@@ -55,6 +55,23 @@ class RunSection(Section):
     """First and last step that torch.profiler traces to run.dir/profile; null: none."""
 
 
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al., 2021) in place of all weights (docs/lora.md)."""
+
+    enabled: bool
+    """Train adapters alone; the model's own weights stay as they are."""
+    rank: Count
+    """Rank of an adapter."""
+    alpha: Positive
+    """Scale of an adapter's output, divided by the rank."""
+    dropout: Fraction
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: list[str] | None
+    """Names of the layers that get adapters, as q_proj; null: all linear layers but the output layer."""
+    merge: bool
+    """Write run.dir/hf, the model with the adapters merged in; false: only run.dir/adapter, in peft's format."""
+
+
 class ModelSection(Section):
     """The model, its tokenizer and its template."""
 
@@ -82,6 +99,8 @@ class ModelSection(Section):
     """Compile each decoder layer with torch.compile."""
     recompute: Literal["none", "full"]
     """full: recompute each layer's activations in the backward pass to save memory."""
+    lora: LoraSection
+    """Adapters in place of all weights."""
 
 
 class PackingSection(Section):
@@ -336,7 +355,7 @@ class CheckpointSection(Section):
     async_save: bool
     """Copy the state to the host and write it while training goes on."""
     hf_period: NonNegative
-    """Steps between Hugging Face folders, run.dir/hf_steps/step_…; 0: only run.dir/hf at the end."""
+    """Steps between Hugging Face folders, run.dir/hf_steps/step_… (of adapters: adapter_steps); 0: only at the end."""
 
 
 class WandbSection(Section):
