@@ -187,26 +187,17 @@ def train_trl(args: argparse.Namespace) -> None:
 
 
 def train_engine(args: argparse.Namespace) -> None:
-    """Train with the engine in this process, its pass for the reference timed, and write what was measured."""
+    """Train with the engine in this process, and write what was measured."""
     import engine
-    from engine import reference
 
-    attach, taken = reference.attach, [0.0]
-
-    def timed(*words: Any) -> None:
-        started = time.perf_counter()
-        attach(*words)
-        taken[0] = time.perf_counter() - started
-
-    reference.attach = timed
     run_dir = Path(args.result).parent / "run"
     words = ["algorithm=dpo", "data=binary_preference", f"algorithm.reference_policy_kl_penalty={BETA}"]
     own = [word.replace("BATCH", str(args.batch)) for word in ENGINE[args.worker]]
     if engine.run([*words, *sides.engine_words(args, "pairs.jsonl", run_dir), *own]):
         raise SystemExit(f"{args.worker}: the run was stopped.")
     clock, lines = sides.read_run(run_dir)
-    losses = [line["train/loss"] for line in lines]
-    Path(args.result).write_text(json.dumps({**clock, "reference_s": taken[0], "losses": losses}))
+    before, losses = lines[0].get("timing/reference_s", 0.0), [line["train/loss"] for line in lines]
+    Path(args.result).write_text(json.dumps({**clock, "reference_s": before, "losses": losses}))
 
 
 def time_output_layer(args: argparse.Namespace) -> None:

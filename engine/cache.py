@@ -1,4 +1,4 @@
-"""``python -m engine.cache list|verify|prune|build``: tokenised data looked at, checked, cleared out, made ahead."""
+"""``python -m engine.cache list|verify|prune|build``: tokenised data and references looked at, checked, cleared out, made ahead."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import NoReturn
 from engine.data import cache
 from engine.data.cache import Entry
 from engine.errors import EXIT_DONE, EXIT_ERROR, UserError, command
+from engine.reference import store
 
 HELP = """\
 Usage: python -m engine.cache list   [--cache-dir DIR]       show what is there
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 def show(options: argparse.Namespace) -> int:
     """Print the entries as a table."""
     root = cache.cache_root(options.cache_dir)
-    found = cache.entries(root)
+    found = _found(root)
     if not found:
         print(f"{root}: the cache is empty.")
         return EXIT_DONE
@@ -67,7 +68,7 @@ def show(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Compare every entry with its checksum, and say which is damaged."""
     root = cache.cache_root(options.cache_dir)
-    found = cache.entries(root)
+    found = _found(root)
     whole, damaged = [], 0
     for entry in found:
         if _is_aside(entry):
@@ -92,7 +93,7 @@ def prune(options: argparse.Namespace) -> int:
     for flag, value in (("--older-than", options.older_than), ("--max-gb", options.max_gb)):
         if value is not None and not value >= 0:
             raise UserError(f"{flag} {value:g}: give 0 or more.")
-    found = sorted(cache.entries(root), key=lambda entry: (entry.whole, entry.used))
+    found = sorted(_found(root), key=lambda entry: (entry.whole, entry.used))
     left = _total(found)
     freed, removed, failed = 0, 0, 0
     for entry in found:
@@ -133,6 +134,11 @@ def build(options: argparse.Namespace) -> int:
         if samples.folder is not None:
             print(f"in the cache: {samples.folder}")
     return EXIT_DONE
+
+
+def _found(root: Path) -> list[Entry]:
+    """Return everything in a cache, the newest first."""
+    return sorted([*cache.entries(root), *store.entries(root)], key=lambda entry: -entry.made)
 
 
 def _why(entry: Entry, options: argparse.Namespace, left: int) -> str | None:

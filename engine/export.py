@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint
+from engine import checkpoint, fingerprint
 from engine.config.checks import local_model_folder
 from engine.config.schema import ModelSection
 from engine.errors import EXIT_DONE, UserError, command
-from engine.receipt import model_fingerprint
 
 
 def export(source: Path, out: Path, *, base: str | None = None, adapter: bool = False) -> Path:
@@ -115,7 +114,7 @@ def _check_base(found: Path, section: ModelSection, seed: int) -> None:
             "the adapters alone with --adapter."
         )
     lock = found.parent.parent / "lock.json"
-    if lock.is_file() and json.loads(lock.read_text())["weights"] != model_fingerprint(section, seed):
+    if lock.is_file() and json.loads(lock.read_text())["weights"] != fingerprint.weights(section, seed):
         raise UserError(
             f"{found}: the weights in {section.path} are not those that its adapters were trained on; name these with --base DIR."
         )

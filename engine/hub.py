@@ -69,6 +69,13 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
         ) from error
 
 
+def commit(path: str, revision: str | None) -> str | None:
+    """Return the commit of a hub repository that a path and revision stand for now; None for a folder."""
+    if local_model_folder(path) is not None:
+        return None
+    return folder(path, revision, weights=False).name  # a snapshot's folder is named by it
+
+
 def attention_length(section: ModelSection) -> float:
     """Return at how many tokens a document's attention costs as much as all the rest of the decoder layers.
 

@@ -89,9 +89,12 @@ class Ranks:
         return result
 
     def first(self, work: Callable[[], T]) -> T:
-        """Do something on the first rank alone and return its result, a small object, on all of them."""
-        results: list[T] = self.gather(self.together(lambda: work() if self.main else None))
-        return results[0]
+        """Do something on the first rank alone and return its result, which is sent to all of them."""
+        result: list[Any] = [self.together(lambda: work() if self.main else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, group=self.group)
+        found: T = result[0]
+        return found
 
     def blame(self) -> bool:
         """Whether this rank is the first to report a failure; later ones fail because of it."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
 from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from engine import hub
-from engine.config.schema import ModelSection, RunConfig
+from engine import fingerprint, hub
+from engine.config.schema import RunConfig
 from engine.data.assemble import Data
 from engine.ranks import Ranks
 
@@ -30,22 +27,23 @@ PACKAGES = (
     "triton",
     "liger-kernel",
 )
-BLOCK = 1 << 20
 
 
-def receipt(config: RunConfig, data: Data, ranks: Ranks) -> dict[str, Any]:
+def receipt(config: RunConfig, data: Data, ranks: Ranks, reference: RunConfig | None = None) -> dict[str, Any]:
     """Return the fingerprints of data, weights, code, versions and hardware.
 
     Args:
         config: The recipe.
         data: The tokenised data; a fingerprint covers tokens, and which of them are trained.
         ranks: Their number and kind of device.
+        reference: Recipe of a reference of its own (``algorithm.reference`` is a folder or hub id); None: there is none.
     """
     return {
         "data": data.fingerprints,
-        "weights": weights_fingerprint(config),
+        "weights": fingerprint.weights(config.model, config.run.seed),
+        **({} if reference is None else {"reference": _reference(reference)}),
         "code": _code(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **fingerprint.versions(PACKAGES)},
         "hardware": {
             "machine": platform.machine(),
             "device": _device(ranks.device.type),
@@ -56,29 +54,13 @@ def receipt(config: RunConfig, data: Data, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def weights_fingerprint(config: RunConfig) -> str:
-    """Return a cheap hash of the initial weights: config.json, and each file's size, header and sampled blocks.
-
-    Fresh weights are a function of the configuration and ``run.seed``.
-    """
-    return model_fingerprint(config.model, config.run.seed)
-
-
-def model_fingerprint(model: ModelSection, seed: int) -> str:
-    """Return the hash of a model's section of a recipe, and its seed; see ``weights_fingerprint``."""
-    folder = hub.folder(model.path, model.revision, weights=model.init == "pretrained")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if model.init == "random":
-        digest.update(f"random {seed} {sorted(model.config_overrides.items())}".encode())
-        return digest.hexdigest()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for start in sorted({0, *(size * i // 16 for i in range(16)), max(0, size - BLOCK)}):
-                stream.seek(start)
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
+def _reference(config: RunConfig) -> dict[str, str | None]:
+    """Return the fingerprint of a reference's weights, and the commit that the hub has given."""
+    model = config.model
+    return {
+        "weights": fingerprint.weights(config.model, config.run.seed),
+        "revision": hub.commit(model.path, model.revision),
+    }
 
 
 def _device(name: str) -> str:
@@ -89,26 +71,11 @@ def _device(name: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _code() -> dict[str, Any]:
     """Return the commit the code is at, and a hash of its files."""
-    root = Path(__file__).resolve().parent
-    digest = hashlib.sha256()
-    for folder in (root, root.parent / "kernels"):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.relative_to(root.parent).as_posix().encode() + file.read_bytes())
-    commit = None
-    if (root.parent / ".git").exists():
-        command = ["git", "-C", str(root.parent), "rev-parse", "HEAD"]
+    root, commit = fingerprint.ROOT, None
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         with suppress(FileNotFoundError):  # a checkout without git: the hash of the files must do
             commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {"commit": commit, "sha256": digest.hexdigest()}
+    return {"commit": commit, "sha256": fingerprint.code((root / "engine", root / "kernels"))}

@@ -98,16 +98,19 @@ class RunFolder:
         return any((self.final / name).is_file() for name in ("config.json", "adapter_config.json"))
 
     def check_receipt(self, lock: dict[str, Any]) -> None:
-        """Refuse to go on with other data or weights than the run began with.
+        """Refuse to go on with other data, weights or reference than the run began with.
 
         Raises:
             UserError: Saying which.
         """
-        file = self.path / "lock.json"
-        if not checkpoint.all_in(self.checkpoints) or not file.is_file():
+        before = self._begun_with()
+        if not before:
             return
-        before = json.loads(file.read_text())
-        for name, what in (("data", "data, tokenizer or template"), ("weights", "initial weights")):
+        for name, what in (
+            ("data", "data, tokenizer or template"),
+            ("weights", "initial weights"),
+            ("reference", "weights of algorithm.reference"),
+        ):
             if before.get(name) != lock.get(name):
                 raise UserError(
                     f"run.dir={self.path}: the {what} changed since the run began (lock.json: {before.get(name)}, now "
@@ -163,11 +166,20 @@ class RunFolder:
 
     def revisions(self) -> dict[str, str]:
         """Return the revision of each source that the run has begun with, by the source's name."""
+        found = self._begun_with().get("samples", {})
+        return {name: source["revision"] for name, source in found.items() if source.get("revision")}
+
+    def reference_revision(self) -> str | None:
+        """Return the commit of a reference from the hub that the run has begun with."""
+        return (self._begun_with().get("reference") or {}).get("revision")
+
+    def _begun_with(self) -> dict[str, Any]:
+        """Return the receipt of the run that has left checkpoints here; nothing if there is none."""
         file = self.path / "lock.json"
         if not checkpoint.all_in(self.checkpoints) or not file.is_file():
             return {}
-        found = json.loads(file.read_text()).get("samples", {})
-        return {name: source["revision"] for name, source in found.items() if source.get("revision")}
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie past a step, and a line that a crash left unfinished."""

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -121,6 +121,8 @@ class Trainer:
     loggers: Sequence[Logger]
     callbacks: Sequence[Callback]
     state: TrainState
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """What was measured before training; logged with the first step."""
 
     def __post_init__(self) -> None:
         self.control = Control(
@@ -136,7 +138,7 @@ class Trainer:
         )
         self._pending: Pending | None = None
         self._since_save: dict[str, float] = {}
-        self._timings: dict[str, float] = {}  # measured beside a step: logged with the next one
+        self._timings = dict(self.timings)  # measured beside a step: logged with the next one
         self._saved_step = self.state.step if self.checkpoints.newest() is not None else None
         self._asked = Requests()
         self._stopped_by: str | None = None

@@ -155,20 +155,12 @@ class StepMetrics:
     """Number of steps in a row, this one included, that were not applied because loss or norm was not finite."""
 
 
-class Backend(Protocol):
-    """Owns the model and the optimizer; knows nothing of data sources, schedules or files of a run."""
+class Scorer(Protocol):
+    """A model that says how likely documents are: all that a reference is asked for."""
 
     device: torch.device
-
-    def train_step(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
-    ) -> StepMetrics:
-        """Do forward, backward, clipping and update for one global batch, of which this rank has some micro-batches."""
-        ...
-
-    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
-        """Compute the loss over all ranks' micro-batches, normalised by their units, without gradients."""
-        ...
+    dtype: torch.dtype
+    """Of the forward pass."""
 
     def sequence_logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """Return the log-probability of each document's trained tokens, summed, without gradients; float32 [S].
@@ -179,6 +171,20 @@ class Backend(Protocol):
 
     def probe(self, samples: Sequence[Sample]) -> None:
         """Check on this model that packing and the fused loss equal its own logits; raises RunError if not."""
+        ...
+
+
+class Backend(Scorer, Protocol):
+    """Owns the model and the optimizer; knows nothing of data sources, schedules or files of a run."""
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
+    ) -> StepMetrics:
+        """Do forward, backward, clipping and update for one global batch, of which this rank has some micro-batches."""
+        ...
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch], objective: Objective) -> StepMetrics:
+        """Compute the loss over all ranks' micro-batches, normalised by their units, without gradients."""
         ...
 
     def snapshot(self, *, copy: bool) -> Callable[[Path], Sequence[Path]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins, reference
+from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins
 from engine.checkpoint import Checkpoints, TrainState
+from engine.config.model_folder import check_reference, read_config
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import report
 from engine.data.assemble import Data, Made, assemble
@@ -15,10 +18,11 @@ from engine.data.loader import Loader, train_loader, val_loader
 from engine.data.samples import DataSet
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.ranks import PeerFailed, Ranks, is_lost_peer
-from engine.receipt import receipt, weights_fingerprint
+from engine.receipt import receipt
+from engine.reference.attach import attach
 from engine.run_folder import RunFolder
 from engine.train import Stopped, StopRequest, Trainer, total_steps
-from engine.types import Backend, Callback
+from engine.types import Callback, Objective, Sample, Scorer
 
 PROBE_SAMPLES = 3
 OLD_WORKER_S = 60.0
@@ -97,9 +101,10 @@ def _run(
     source, state = ranks.first(lambda: folder.resume_from(config))
     objective = ranks.together(lambda: objectives.build(config.algorithm))
     ranks.together(lambda: backends.check(config))
+    held = _own_reference(config, objective, folder, ranks)
     data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
-    lock = ranks.first(lambda: _receipt(config, data, folder, ranks))
+    lock = ranks.first(lambda: _receipt(config, data, folder, ranks, held))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
     if source is not None and done and ranks.first(folder.is_finished):
@@ -112,12 +117,21 @@ def _run(
     ranks.together(
         lambda: hub.folder(config.model.path, config.model.revision, weights=config.model.init == "pretrained")
     )
-    backend = _backend(config, data.train, ranks)
-    ranks.first(lambda: checkpoints.check_space(backend))
     if source is not None:
         ranks.together(lambda: checkpoint.check_whole(source, ranks))
-    if objective.needs_reference:  # of the weights as they are now: those of a checkpoint come later
-        _attach_reference(config, folder, backend, (train, val), state, console, ranks)
+    _set_determinism(config)
+    probed, timings = _probed(config, data.train), dict[str, float]()
+    attached = functools.partial(_attach_reference, _seen(config, train, val, state), folder, console, ranks)
+    if held is not None:  # gone before the policy comes
+        ranks.together(lambda: hub.folder(held.model.path, held.model.revision, weights=True))
+        with backends.scorer(held, ranks, probed) as scorer:
+            timings = attached(held, lock["reference"]["weights"], scorer)
+    backend = backends.build(config, ranks)
+    if probed:
+        backend.probe(probed)
+    ranks.first(lambda: checkpoints.check_space(backend))
+    if objective.needs_reference and held is None:  # the weights as they are now: those of a checkpoint come later
+        timings = attached(config, lock["weights"], lambda: backend)
     ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
         ranks.together(lambda: backend.load(source))
@@ -135,6 +149,7 @@ def _run(
         loggers=[*logging, console],
         callbacks=callbacks,
         state=state,
+        timings=timings,
     ).run(stop)
 
 
@@ -204,48 +219,79 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> t
     return train, val
 
 
-def _receipt(config: RunConfig, data: Data, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
+def _receipt(config: RunConfig, data: Data, folder: RunFolder, ranks: Ranks, held: RunConfig | None) -> dict[str, Any]:
     """Return what the run consumes, once it is known to be what it has consumed so far."""
-    lock = receipt(config, data, ranks)
+    lock = receipt(config, data, ranks, held)
     folder.check_receipt(lock)
     return lock
 
 
-def _backend(config: RunConfig, data: DataSet, ranks: Ranks) -> Backend:
-    """Build the backend and prove it on a few samples."""
+def _set_determinism(config: RunConfig) -> None:
     import torch
 
     if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
-    backend = backends.build(config, ranks)
-    if config.run.probe:
-        backend.probe([data[i] for i in range(min(PROBE_SAMPLES, len(data)))])
-    return backend
+
+
+def _probed(config: RunConfig, data: DataSet) -> list[Sample]:
+    """Return the few samples on which models are to prove themselves; none with ``run.probe=false``."""
+    return [data[i] for i in range(min(PROBE_SAMPLES, len(data)))] if config.run.probe else []
+
+
+def _own_reference(config: RunConfig, objective: Objective, folder: RunFolder, ranks: Ranks) -> RunConfig | None:
+    """Return the recipe of a reference with weights of its own, seen to fit the policy; None: there is none.
+
+    It is what its folder says, so ``model.config_overrides`` are not for it; from the hub it is what the run has begun with.
+    """
+    path, model = config.algorithm.reference, config.model
+    if not objective.needs_reference or path in (None, "initial"):
+        return None
+
+    def first() -> str | None:
+        revision = folder.reference_revision() or hub.commit(path, None)
+        fields = read_config(hub.folder(model.path, model.revision, weights=False)) or {}
+        problems = check_reference(
+            path,
+            hub.folder(path, revision, weights=False),
+            max_length=config.data.max_length,
+            vocab_size={**fields, **model.config_overrides}.get("vocab_size"),
+            tokenizer=hub.tokenizer_folder(model),
+        )
+        if problems:
+            raise UserError(*problems)
+        return revision
+
+    whole = model.lora.model_copy(update={"enabled": False})
+    own: dict[str, Any] = {"path": path, "revision": ranks.first(first), "init": "pretrained", "config_overrides": {}}
+    own["lora"] = whole
+    return config.model_copy(update={"model": model.model_copy(update=own)})
+
+
+def _seen(
+    config: RunConfig, train: Loader, val: dict[str, Loader], state: TrainState
+) -> list[tuple[Loader, Iterable[int]]]:
+    """Return each loader with the steps that the run is going to see."""
+    most = config.algorithm.val_batches
+    seen: list[tuple[Loader, Iterable[int]]] = [(train, range(state.step, state.total_steps))]
+    for held in val.values():
+        steps = held.plan.steps_per_epoch
+        seen.append((held, range(min(most or steps, steps))))
+    return seen
 
 
 def _attach_reference(
-    config: RunConfig,
+    seen: Sequence[tuple[Loader, Iterable[int]]],
     folder: RunFolder,
-    backend: Backend,
-    loaders: tuple[Loader, dict[str, Loader]],
-    state: TrainState,
     console: metrics.Console,
     ranks: Ranks,
-) -> None:
-    """Give the data the reference's log-probabilities of all that the run will see."""
-    train, val = loaders
-    path = config.algorithm.reference
-    chosen, build = config, lambda: backend
-    if path not in (None, "initial"):
-        whole = config.model.lora.model_copy(update={"enabled": False})
-        model = config.model.model_copy(update={"path": path, "revision": None, "init": "pretrained", "lora": whole})
-        chosen = config.model_copy(update={"model": model})
-        build = functools.cache(lambda: backends.build(chosen, ranks))
-    most = config.algorithm.val_batches
-    seen = [(train, range(state.step, state.total_steps))]
-    seen += [(held, range(min(most or n, n))) for held in val.values() for n in (held.plan.steps_per_epoch,)]
-    weights = ranks.first(lambda: weights_fingerprint(chosen))
-    reference.attach(chosen, weights, build, seen, folder.path, ranks, console.say)
+    config: RunConfig,
+    weights: str,
+    scorer: Callable[[], Scorer],
+) -> dict[str, float]:
+    """Give the data the reference's log-probabilities of all that the run will see, and return the time it took."""
+    started = time.perf_counter()
+    attach(config, weights, scorer, seen, folder.path, ranks, console.say)
+    return {"timing/reference_s": time.perf_counter() - started}
 
 
 def _callback(spec: str) -> Callback:

@@ -92,6 +92,58 @@ def base(model_folder: Path, rows_file: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pairs of many lengths, some of several turns."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with file.open("w") as stream:
+        for i in range(40):
+            prompt = [{"role": "user", "content": f"question {i} {'why ' * (i % 6)}?"}]
+            if i % 3 == 0:
+                prompt += [{"role": "assistant", "content": "what?"}, {"role": "user", "content": f"this {i}"}]
+            good, bad = (f"{word} {i * 7 % 10} {'because ' * n}" for word, n in (("yes", i % 5), ("no", (i + 2) % 4)))
+            turns = {
+                "chosen": [{"role": "assistant", "content": good}],
+                "rejected": [{"role": "assistant", "content": bad}],
+            }
+            stream.write(json.dumps({"prompt": prompt, **turns}) + "\n")
+    return file
+
+
+@pytest.fixture
+def dpo(base: list[str], pairs_file: Path, tmp_path: Path) -> list[str]:
+    """A small DPO run of six steps with a cache of its own; add run.dir."""
+    kept = [
+        o for o in base if not o.startswith(("data=", "data.train_path", "optimizer.lr", "algorithm.max_num_steps"))
+    ]
+    return [
+        "algorithm=dpo",
+        "data=binary_preference",
+        f"data.train_path={pairs_file}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        *kept,
+        "algorithm.max_num_steps=6",
+        "algorithm.reference_policy_kl_penalty=0.1",
+        "optimizer.lr=1e-3",
+    ]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The documents of each forward pass for the reference."""
+    from engine.backends.torch_backend import TorchBackend
+
+    seen: list[int] = []
+    plain = TorchBackend.sequence_logprobs
+
+    def counted(self: Any, batch: Any) -> Any:
+        seen.append(len(batch.targets.bounds) - 1)
+        return plain(self, batch)
+
+    monkeypatch.setattr(TorchBackend, "sequence_logprobs", counted)
+    return seen
+
+
 def read_metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl that have a metric: by default, those of training steps."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

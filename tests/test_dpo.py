@@ -17,67 +17,18 @@ import torch
 from safetensors.torch import load_file
 
 import engine
-from engine import reference
 from engine.backends.torch_backend import TorchBackend
 from engine.config.compose import compose
 from engine.data.assemble import assemble
 from engine.data.loader import train_loader
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from engine.schedule import learning_rate
 from tests.conftest import ROOT, SHARED_DATA, read_metrics
 
 STEPS = 6
 DEMO = SHARED_DATA / "dpo_en_demo.json"
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pairs of many lengths, some of several turns."""
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    with file.open("w") as stream:
-        for i in range(40):
-            prompt = [{"role": "user", "content": f"question {i} {'why ' * (i % 6)}?"}]
-            if i % 3 == 0:
-                prompt += [{"role": "assistant", "content": "what?"}, {"role": "user", "content": f"this {i}"}]
-            good, bad = (f"{word} {i * 7 % 10} {'because ' * n}" for word, n in (("yes", i % 5), ("no", (i + 2) % 4)))
-            turns = {
-                "chosen": [{"role": "assistant", "content": good}],
-                "rejected": [{"role": "assistant", "content": bad}],
-            }
-            stream.write(json.dumps({"prompt": prompt, **turns}) + "\n")
-    return file
-
-
-@pytest.fixture
-def dpo(base: list[str], pairs_file: Path, tmp_path: Path) -> list[str]:
-    """A small DPO run; add run.dir."""
-    kept = [
-        o for o in base if not o.startswith(("data=", "data.train_path", "optimizer.lr", "algorithm.max_num_steps"))
-    ]
-    return [
-        "algorithm=dpo",
-        "data=binary_preference",
-        f"data.train_path={pairs_file}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        *kept,
-        f"algorithm.max_num_steps={STEPS}",
-        "algorithm.reference_policy_kl_penalty=0.1",
-        "optimizer.lr=1e-3",
-    ]
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The documents of each forward pass for the reference."""
-    seen: list[int] = []
-    plain = TorchBackend.sequence_logprobs
-
-    def counted(self: TorchBackend, batch: Any) -> Any:
-        seen.append(len(batch.targets.bounds) - 1)
-        return plain(self, batch)
-
-    monkeypatch.setattr(TorchBackend, "sequence_logprobs", counted)
-    return seen
+CHECK = 2 * 3
+"""Documents that are computed again to see whether what is there is the model's."""
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -143,7 +94,9 @@ def test_a_resumed_run_is_the_undisturbed_one(dpo: list[str], tmp_path: Path, pa
     assert sum(passes) == 2 * 8 * 3
     passes.clear()
     again = run(words, tmp_path / "half", *horizon)
-    assert sum(passes) == 2 * (40 - 24)  # those that the first half has not seen; of 48 draws 40 are different pairs
+    assert (
+        sum(passes) == 2 * (40 - 24) + CHECK
+    )  # those that the first half has not seen; of 48 draws 40 are different pairs
     fresh = run(words, tmp_path / "fresh", *horizon)
     assert again == fresh and len(again) == STEPS
     one, other = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("half", "fresh"))
@@ -156,10 +109,11 @@ def test_a_sweep_over_beta_computes_the_reference_once(dpo: list[str], tmp_path:
         run(dpo, tmp_path / f"{i}", f"algorithm.reference_policy_kl_penalty={beta}")
         said = (tmp_path / f"{i}" / "log.txt").read_text()
         if i:
-            assert "reference: all 80 log-probabilities of train are there" in said and not passes
+            assert "reference: all 80 log-probabilities of train are there" in said and "computing" not in said
+            assert sum(passes) == CHECK
         else:
             assert "reference: computing 80 of 80 log-probabilities" in said and sum(passes) == 80
-            passes.clear()
+        passes.clear()
     assert len({losses(tmp_path / f"{i}")[-1] for i in range(3)}) == 3
 
 
@@ -173,7 +127,8 @@ def test_records_that_are_missing_or_damaged_are_computed_again(
     file.write_bytes(data[: 8 * 70])  # the last ten are lost, and one is not what it was
     passes.clear()
     assert run(dpo, tmp_path / "second") == first
-    assert sum(passes) == 11
+    assert sum(passes) == 12 + CHECK  # a pair is computed whole
+    assert "reference: 1 record in" in (tmp_path / "second" / "log.txt").read_text()
 
 
 def test_another_models_reference_is_another(
@@ -187,7 +142,7 @@ def test_another_models_reference_is_another(
     held = run(
         dpo, tmp_path / "third", f"model.path={tmp_path / 'first' / 'hf'}", f"algorithm.reference={model_folder}"
     )
-    assert not passes  # that of the first run
+    assert sum(passes) == CHECK  # that of the first run
     assert held[0] != pytest.approx(math.log(2), abs=1e-3)
 
 
@@ -270,9 +225,7 @@ def test_a_reference_that_is_not_finite_ends_the_run(
     monkeypatch.setattr(
         TorchBackend, "sequence_logprobs", lambda self, b: torch.full((len(b.targets.bounds) - 1,), math.nan)
     )
-    with pytest.raises(
-        reference.RunError, match=r"the log-probability of answer 0 of train is not finite; look at the weights"
-    ):
+    with pytest.raises(RunError, match=r"the log-probability of answer 0 of train is not finite; look at the weights"):
         engine.run([*dpo, f"run.dir={tmp_path / 'run'}"])
 
 
@@ -292,18 +245,26 @@ def test_a_hundred_real_pairs_are_learned(dpo: list[str], tmp_path: Path) -> Non
     assert sum(line["train/accuracy"] for line in lines[-5:]) / 5 > 0.9
 
 
-def test_two_ranks_are_one(dpo: list[str], tmp_path: Path) -> None:
-    """Two ranks share the pass of the reference too; sharded, so that all must take part in it."""
-    one = run(dpo, tmp_path / "one")
+def run_on_two_ranks(words: list[str], folder: Path) -> list[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    words = [*dpo, "cluster=env", f"run.dir={tmp_path / 'two'}", f"data.cache_dir={tmp_path / 'other'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "-m", "engine", *words], env=environment, capture_output=True, text=True, check=False
+        [*launcher, "-m", "engine", *words, "cluster=env", f"run.dir={folder}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return losses(folder)
+
+
+def test_two_ranks_are_one(dpo: list[str], tmp_path: Path) -> None:
+    """Two ranks share the pass of the reference too; sharded, so that all must take part in it."""
+    one = run(dpo, tmp_path / "one")
+    two = run_on_two_ranks([*dpo, f"data.cache_dir={tmp_path / 'other'}"], tmp_path / "two")
     assert "reference: computing 80 of 80" in (tmp_path / "two" / "log.txt").read_text()
-    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
+    assert two == pytest.approx(one, rel=1e-5)

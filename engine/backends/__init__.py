@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from engine.config.schema import RunConfig
-from engine.types import Backend
+from engine.types import Backend, Sample, Scorer
 
 if TYPE_CHECKING:
     from engine.ranks import Ranks
@@ -30,3 +33,34 @@ def build(config: RunConfig, ranks: Ranks) -> Backend:
     from engine.backends.torch_backend import TorchBackend
 
     return TorchBackend(config, ranks)
+
+
+@contextmanager
+def scorer(config: RunConfig, ranks: Ranks, probed: Sequence[Sample] = ()) -> Iterator[Callable[[], Scorer]]:
+    """Offer a model without optimizer or master weights; it is built when it is first asked for, and its memory is free after.
+
+    Args:
+        config: The recipe.
+        ranks: Its model is spread over them.
+        probed: Documents that it has to prove itself on.
+    """
+    from engine.backends.torch_backend import TorchBackend
+
+    built: list[Scorer] = []
+
+    def model() -> Scorer:
+        if not built:
+            built.append(TorchBackend(config, ranks, train=False))
+            if probed:
+                built[0].probe(probed)
+        return built[0]
+
+    try:
+        yield model
+    finally:
+        built.clear()
+        gc.collect()  # modules refer to each other
+        if ranks.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()

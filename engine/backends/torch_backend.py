@@ -87,15 +87,17 @@ class TorchBackend:
     Args:
         config: The recipe.
         ranks: Who takes part, and this rank's device.
+        train: Whether it is trained; else it has neither gradients nor optimizer, and is a ``Scorer``.
 
     Raises:
         UserError: If the model cannot be loaded or cannot serve.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, *, train: bool = True) -> None:
         self.device = ranks.device
         self.config = config
         self.ranks = ranks
+        self.train = train
         self.dtype = hf_model.compute_dtype(config.model, self.device)
         self.attention = attention.register(config.model.attention, self.device, self.dtype)
         sharded = ranks.size > 1 and config.backend.torch.shard_size != 1
@@ -107,6 +109,8 @@ class TorchBackend:
         self._check_model()
         self.weights = self._sharded() if sharded else self._replicated()
         self.adapted = list(lora.layers(self.lm).values()) if config.model.lora.enabled else []
+        if not train:
+            return
         self.optimizer = _adamw(self.weights.master, config.optimizer)
         self.skipped = torch.zeros((), device=self.device)
         self.write_group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.size > 1 else None
@@ -372,7 +376,9 @@ class TorchBackend:
         return weights
 
     def _trainable(self, lm: Any) -> Trainable:
-        if self.config.model.recompute == "full":
+        if not self.train:
+            lm.requires_grad_(False)
+        if self.train and self.config.model.recompute == "full":
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if self.config.model.compile:  # attention, whose documents differ from step to step, stays outside

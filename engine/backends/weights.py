@@ -26,7 +26,7 @@ P = TypeVar("P", bound=Tensor)
 
 
 class Replicated:
-    """A whole copy on every rank: the parameters themselves, or float32 masters of bfloat16 parameters.
+    """A whole copy on every rank: the parameters themselves, or float32 masters of bfloat16 parameters that are trained.
 
     Gradients add up over micro-batches in float32 and over ranks once a step.
 
@@ -43,9 +43,11 @@ class Replicated:
         self.ranks = ranks
         if dtype == torch.float32:
             return
-        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.compute.items()}
-        for name, p in self.compute.items():
+        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.compute.items() if p.requires_grad}
+        for p in self.parameters.values():
             p.data = p.data.to(dtype)
+        for name in self.master:
+            p = self.compute[name]
             p.register_post_accumulate_grad_hook(self._accumulator(self.master[name]))  # type: ignore[no-untyped-call]
 
     def reduce(self) -> None:
@@ -70,7 +72,7 @@ class Replicated:
             p.grad = None
         if self.master is not self.compute:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.compute.values()), list(self.master.values()))
+                torch._foreach_copy_([self.compute[name] for name in self.master], list(self.master.values()))
 
     def rest(self) -> None:
         """Give up what a pass without gradients has gathered: nothing."""

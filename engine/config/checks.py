@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config import sources
+from engine.config.model_folder import check_reference, read_config
 from engine.config.names import PREFERENCE_LOSSES, stop
 from engine.config.schema import (
     AlgorithmSection,
@@ -66,7 +66,7 @@ def set_max_length(container: dict[str, Any]) -> None:
     longest = None
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         folder, overrides = local_model_folder(model["path"]), model.get("config_overrides")
-        fields = _read_config(folder) if folder is not None else None
+        fields = read_config(folder) if folder is not None else None
         longest = {**(fields or {}), **(overrides if isinstance(overrides, dict) else {})}.get(
             "max_position_embeddings"
         )
@@ -291,7 +291,7 @@ def _check_model(model: ModelSection) -> list[str]:
         ]
     if not os.path.isfile(folder / "config.json"):
         return [f"model.path={path}: no config.json there; a model folder is what save_pretrained writes."]
-    fields = _read_config(folder)
+    fields = read_config(folder)
     if fields is None:
         return [f"model.path={path}: config.json is not readable as a JSON object."]
     if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
@@ -329,7 +329,7 @@ def _check_lora(model: ModelSection) -> list[str]:
 
 def _check_length(model: ModelSection, data: DataSection) -> list[str]:
     folder = local_model_folder(model.path)
-    fields = (_read_config(folder) if folder is not None else None) or {}
+    fields = (read_config(folder) if folder is not None else None) or {}
     longest = {**fields, **model.config_overrides}.get("max_position_embeddings")
     if isinstance(longest, int) and data.max_length > longest:
         return [
@@ -337,15 +337,6 @@ def _check_length(model: ModelSection, data: DataSection) -> list[str]:
             f"data.max_length={longest} or lower."
         ]
     return []
-
-
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of a folder's config.json, or None if there is none that can be read."""
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return fields if isinstance(fields, dict) else None
 
 
 def _check_horizon(algorithm: AlgorithmSection, data: DataSection) -> list[str]:
@@ -413,8 +404,14 @@ def _check_reference(algorithm: AlgorithmSection) -> list[str]:
     """Look into the folder of a reference that has one."""
     path = algorithm.reference or ""
     folder = None if path in ("initial", "none") else local_model_folder(path)
-    if folder is None or os.path.isfile(folder / "config.json"):
+    if folder is None:
         return []
+    if os.path.isfile(folder / "config.json"):
+        if any(folder.glob("*.safetensors")):
+            return []
+        return [
+            f"algorithm.reference={path}: no *.safetensors weights there; give the folder of a model that has some."
+        ]
     near = difflib.get_close_matches(path, ("initial", "none"), 1)
     return [
         f"algorithm.reference={path}: must be initial, none, a model folder (no config.json there) or a hub id of the form "
@@ -422,9 +419,30 @@ def _check_reference(algorithm: AlgorithmSection) -> list[str]:
     ]
 
 
+def _check_reference_folder(algorithm: AlgorithmSection, model: ModelSection, data: DataSection) -> list[str]:
+    """Hold the folder of a reference against the policy, as far as both are here."""
+    path = algorithm.reference
+    if algorithm.name != "dpo" or path in (None, "initial", "none"):
+        return []
+    if not PREFERENCE_LOSSES.get(algorithm.preference_loss or "", True):
+        return []
+    folder, policy = local_model_folder(path), local_model_folder(model.path)
+    if folder is None or not os.path.isfile(folder / "config.json"):  # _check_reference says so
+        return []
+    fields = {**((read_config(policy) if policy is not None else None) or {}), **model.config_overrides}
+    return check_reference(
+        path,
+        folder,
+        max_length=data.max_length,
+        vocab_size=fields.get("vocab_size"),
+        tokenizer=policy if model.tokenizer is None else local_model_folder(model.tokenizer),
+    )
+
+
 CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
     _check_horizon: ("algorithm", "data"),
     _check_algorithm: ("algorithm", "data"),
+    _check_reference_folder: ("algorithm", "model", "data"),
     _check_sizes: ("algorithm", "train", "data"),
     _check_schedule: ("scheduler", "optimizer"),
     _check_data: ("data", "checkpoint"),

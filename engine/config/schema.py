@@ -209,7 +209,7 @@ class DataSection(Section):
     bad_rows: Literal["error", "skip"]
     """A row that cannot be used: stop and name the first ten, or skip it, counted and listed in the run folder."""
     cache: Literal["use", "rebuild", "off"]
-    """Tokenised samples: reuse them, make them anew, or keep them in the run folder alone."""
+    """Tokenised samples and log-probabilities of references: reuse them, make them anew, or keep them in the run folder alone."""
     cache_dir: str | None
     """Folder of tokenised data, shared by runs; null: $ANNEAL_CACHE or ~/.cache/anneal."""
     num_workers: Count | None

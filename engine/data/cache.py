@@ -80,24 +80,18 @@ def prepare(
         samples = Samples(target)  # of a run that skips bad rows it lacks those that another one is to name
         return None if samples.summary.bad and data.bad_rows == "error" else samples
 
-    try:
+    with writable(root):
         samples = None
         with suppress(UserError):  # moved away at this moment, or damaged: the lock will tell
             samples = there()
         if samples is None:
-            with _locked(target, say):
+            with locked(target, "tokenises the same data", say):
                 samples = there()
                 if samples is None:
                     _make(target, config, source, template)
                     samples = Samples(target)
         with suppress(OSError):  # a shared cache may be read-only
             os.utime(target / "meta.json")
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise UserError(
-            f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."
-        ) from error
     if fresh is not None:
         fresh.add(key)
     return samples
@@ -168,10 +162,10 @@ class Entry:
         return None if found == said else "samples.arrow is not what was written (CRC-32)"
 
 
-def entries(root: Path) -> list[Entry]:
-    """Return everything in a cache, the newest first."""
+def entries(root: Path, kind: str = "tokenized") -> list[Entry]:
+    """Return everything of a kind in a cache, the newest first."""
     found = []
-    for folder in (root / "tokenized").glob("*"):
+    for folder in (root / kind).glob("*"):
         with suppress(FileNotFoundError, NotADirectoryError):  # renamed or removed by a run at this moment, or a lock
             found.append(_entry(folder))
     return sorted(found, key=lambda entry: -entry.made)
@@ -212,15 +206,34 @@ def remove(entry: Entry) -> bool:
 
 
 @contextmanager
-def _locked(target: Path, say: Say) -> Iterator[None]:
-    """Keep others from writing the same folder."""
+def writable(root: Path) -> Iterator[None]:
+    """Turn the refusal of a file system to write below the cache into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."
+        ) from error
+
+
+@contextmanager
+def locked(target: Path, work: str, say: Say) -> Iterator[None]:
+    """Keep others from writing the same folder.
+
+    Args:
+        target: The folder.
+        work: What another run does that has the lock, as the end of a sentence.
+        say: Told of it.
+    """
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # as open to others as the folder that it is in
             shutil.copymode(target.parent.parent, target.parent)
     with _lock(target) as lock:
         if not _take(lock, target, wait=False):
-            say("waiting for another run that tokenises the same data")
+            say(f"waiting for another run that {work}")
             _take(lock, target, wait=True)
         yield
 

@@ -42,7 +42,7 @@ class DummySamples(Samples):
             longest=length,
         )
         parts = f"dummy {FORMAT} {num_samples} {length} {vocabulary} {seed}"
-        self.folder, self.revision = None, None
+        self.folder, self.revision, self.path = None, None, "builtin:dummy"
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:24]
 
     @property

@@ -53,18 +53,33 @@ class Loader:
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step, counted from 0: equally many on every rank, some perhaps empty."""
-        documents = self.documents(step)
-        return [self._collate(documents[group]) for group in self.assign(documents)[self.rank]]
+        return [batch for _, batch in self.batches(self.documents(step))]
+
+    def batches(
+        self, documents: NDArray[np.int64], *, apart: bool = False
+    ) -> list[tuple[NDArray[np.int64], MicroBatch]]:
+        """Return this rank's micro-batches of some documents: equally many on every rank, some perhaps empty.
+
+        Args:
+            documents: Of whole conversations, [D].
+            apart: Give each conversation a micro-batch of its own.
+
+        Returns:
+            Each micro-batch behind the indices into ``documents`` of what it holds, [S].
+        """
+        groups = (np.asarray(group, np.int64) for group in self.assign(documents, apart=apart)[self.rank])
+        return [(group, self._collate(documents[group])) for group in groups]
 
     def documents(self, step: int) -> NDArray[np.int64]:
         """Return the documents of a step."""
         return self.data.documents(self.plan.members(step))
 
-    def assign(self, documents: NDArray[np.int64]) -> Assignment:
-        """Return the micro-batches of all ranks for some documents, as indices into ``documents``."""
+    def assign(self, documents: NDArray[np.int64], *, apart: bool = False) -> Assignment:
+        """Return the micro-batches of all ranks for some documents, as indices into ``documents``; see ``batches``."""
         lengths = self.lengths[documents].reshape(-1, self.together)
-        if self.capacity is None:
-            found = assign_padded(lengths.max(1), self.micro_batch_size, self.ranks, self.attention_length)
+        if self.capacity is None or apart:
+            size = 1 if apart else self.micro_batch_size
+            found = assign_padded(lengths.max(1), size, self.ranks, self.attention_length)
         else:
             found = assign(
                 lengths.sum(1), capacity=self.capacity, ranks=self.ranks, attention_length=self.attention_length

@@ -89,6 +89,8 @@ class Samples:
         self.fingerprint: str = meta["fingerprint"]
         """Hash of the tokens and of what is trained."""
         self.revision: str | None = meta["source"]["revision"]
+        self.path: str = meta["source"]["path"]
+        """Of its source, as the recipe has it."""
         self.lengths: NDArray[np.int32] = _column(table, "length", np.int32)
         self.shared: NDArray[np.int32] = _column(table, "shared", np.int32)
         self._columns = {

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +41,7 @@ def problems(*words: str) -> list[str]:
         ("reference=none", "the loss sigmoid needs a reference; set algorithm.reference=initial, or choose algorithm.preference_loss=simpo or orpo"),
         ("reference=inital", "owner/name; did you mean initial?"),
         ("reference=./nowhere preference_loss=a:b", "a model folder (no config.json there)"),
+        ("reference=builtin:tiny_llama", "no *.safetensors weights there; give the folder of a model that has some"),
         ("preference_loss_weight=0", "are both 0: nothing would be trained"),
         ("beta=0.1", "here it is algorithm.reference_policy_kl_penalty"),
         ("loss_type=ipo", "here it is algorithm.preference_loss"),
@@ -57,7 +63,6 @@ def test_one_sentence_with_the_remedy(words: str, answer: str) -> None:
         "preference_loss=orpo reference=./nowhere",
         "preference_loss=mine:loss reference=none label_smoothing=0.1 preference_margin=2",
         "reference=someone/model",
-        "reference=builtin:tiny_llama",
         "preference_loss_weight=0 sft_loss_weight=1",
     ],
 )
@@ -76,6 +81,57 @@ def test_pairs_must_fit() -> None:
     assert "smaller than data.max_length=64" in found
     compose([*WORDS, "algorithm=dpo", "data.max_length=64", "data.packing.max_tokens=128"])
     compose([*WORDS, "data.max_length=64", "data.packing.max_tokens=100"])
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def swap_two_tokens(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "answer"),
+    [
+        ("config.json", lambda c: c.update(max_position_embeddings=100), "reads at most 100 tokens, less than data.max_length=128; set data.max_length=100"),
+        ("config.json", lambda c: c.update(vocab_size=200), "has a vocabulary of 200, and the tokenizer ids up to 2"),
+        ("tokenizer.json", swap_two_tokens, "has another tokenizer than the policy; 2 of "),
+        ("tokenizer.json", lambda t: t["added_tokens"].pop(), "1 of 264 ids differ (263 is "),
+        ("config.json", lambda c: c.update(vocab_size=1024), None),  # padded to another size: every id means the same
+        ("tokenizer.json", lambda t: t.update(padding=None, truncation=None), None),
+    ],
+)  # fmt: skip
+def test_a_reference_must_fit_the_policy(
+    tmp_path: Path, file: str, change: Callable[[dict[str, Any]], Any], answer: str | None
+) -> None:
+    folder = tmp_path / "reference"
+    shutil.copytree(checks.ASSETS / "tiny_llama", folder)
+    (folder / "model.safetensors").touch()
+    rewrite(folder / file, change)
+    words = ["algorithm=dpo", f"algorithm.reference={folder}", "data.max_length=128"]
+    if answer is None:
+        compose([*WORDS, *words])
+        return
+    (found,) = problems(*words)
+    assert found.startswith(f"algorithm.reference={folder}: ") and answer in found
+    compose([*WORDS, *words, "algorithm.preference_loss=orpo"])  # which looks at no reference
+
+
+def test_without_a_tokenizer_the_size_of_the_vocabulary_tells(tmp_path: Path) -> None:
+    folder = tmp_path / "reference"
+    shutil.copytree(checks.ASSETS / "tiny_llama", folder)
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").unlink()
+    words = ["algorithm=dpo", f"algorithm.reference={folder}"]
+    compose([*WORDS, *words])
+    rewrite(folder / "config.json", lambda c: c.update(vocab_size=999))
+    (found,) = problems(*words)
+    assert "has a vocabulary of 999, and the policy of " in found and "the same tokenizer" in found
 
 
 def test_keys_of_dpo_with_sft() -> None:

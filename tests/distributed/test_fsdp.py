@@ -955,6 +955,16 @@ def exchange(ranks: Ranks, folder: Path) -> dict[str, Any]:
         except Exception as error:
             return type(error).__name__, str(error), getattr(error, "exit_code", None)
 
+    def gathered_by(work: Callable[[], Any]) -> list[Any]:
+        sent: list[Any] = []
+        gather = dist.all_gather_object
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                dist, "all_gather_object", lambda to, value, **more: (sent.append(value), gather(to, value, **more))
+            )
+            assert work() == "a great deal"
+        return sent
+
     own = ranks.rank
     if ranks.main and ranks.size > 1:
         dist.distributed_c10d._get_default_store().delete_key("anneal/failures")
@@ -964,6 +974,7 @@ def exchange(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "max": ranks.max([float(own), -float(own), 7.0]),
         "gather": ranks.gather({"rank": own}),
         "first": ranks.first(once),
+        "gathered by first": gathered_by(lambda: ranks.first(lambda: "a great deal")),
         "together": ranks.together(lambda: own),
         "one fails": answer(lambda: ranks.together(fail(1, error=UserError("mine")))),
         "first fails": answer(lambda: ranks.first(fail(0, error=RunError("mine")))),
@@ -982,6 +993,7 @@ def test_what_ranks_exchange_and_how_they_fail_together(two_ranks: RankPool, tmp
         assert found["gather"] == [{"rank": 0}, {"rank": 1}] and found["first"] == "rank 0"
         assert found["together"] == found["after"] == rank and found["main"] == (rank == 0)
         assert found["both fail"] == ("RunError", f"of {rank}", 1)
+    assert [r["gathered by first"] for r in results] == [[None], [None]]  # the result goes one way: from the first
     assert [p.name for p in tmp_path.iterdir()] == ["by_0"]
     assert [r["one fails"] for r in results] == [("PeerFailed", "", 2), ("UserError", "mine", 2)]
     assert [r["first fails"] for r in results] == [("RunError", "mine", 1), ("PeerFailed", "", 1)]

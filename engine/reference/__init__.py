@@ -1,0 +1,1 @@
+"""The reference of DPO: its log-probabilities, computed before training (``attach``) and kept for later runs (``store``)."""
