@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.parity.conftest import BATCH, STEPS, engine_lines, trl_lines, write_model, write_rows
@@ -73,5 +74,7 @@ def test_losses_and_rewards_equal_trls(
         return
     assert [line["train/accuracy"] for line in ours] == [line["rewards/accuracies"] for line in theirs]
     margins = [BETA * line["train/margin"] for line in ours]
-    assert margins == pytest.approx([line["rewards/margins"] for line in theirs], rel=1e-3, abs=1e-5)
+    # TRL adds an answer's some 1,300 nats up in float32, whose numbers are 1.2e-4 apart there: chosen and rejected may be off by one
+    floor = 2 * BETA * float(np.spacing(np.float32(1300)))
+    assert margins == pytest.approx([line["rewards/margins"] for line in theirs], rel=1e-4, abs=floor)
     assert abs(margins[-1]) > 1e-3
