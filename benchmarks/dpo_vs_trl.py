@@ -205,7 +205,7 @@ def time_output_layer(args: argparse.Namespace) -> None:
     import torch
 
     from engine.backends.torch_backend import WORKSPACE_MB
-    from kernels import reference
+    from kernels.linear_objective import linear_objective
 
     torch.set_num_threads(args.threads)
     about, size = json.loads((Path(args.work) / "about.json").read_text()), sides.SIZES[args.size]
@@ -215,7 +215,7 @@ def time_output_layer(args: argparse.Namespace) -> None:
         hidden_NH = torch.randn(tokens, size["hidden_size"], requires_grad=True)
         labels_N = torch.randint(size["vocab_size"], (tokens,))
         started = time.perf_counter()
-        loss, _ = reference.linear_objective(
+        loss, _ = linear_objective(
             hidden_NH,
             weight_VH,
             labels_N,
