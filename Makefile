@@ -2,10 +2,11 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+TRITON36_VENV ?= .venv-triton36
 BIN = $(VENV)/bin
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test check parity bench clean
+.PHONY: setup quickstart test check aot aot36 parity bench clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -17,14 +18,31 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/python -m engine
 
+# Triton's interpreter is chosen when triton is first imported: its tests have a process of their own.
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every kernel, compiled for every architecture without a GPU: registers, spills, shared memory.
+aot: setup
+	$(BIN)/python -m kernels.aot
+
+# The same by the oldest triton that is supported, with the torch that brings it. On a machine without a GPU a CPU build of any torch
+# will do, which asks for no triton of its own: make aot36 TORCH36=torch==2.13.0+cpu
+TORCH36 ?= torch==2.11.*
+$(TRITON36_VENV)/.ready:
+	$(PYTHON) -m venv $(TRITON36_VENV)
+	$(TRITON36_VENV)/bin/python -m pip install $(PIP_FLAGS) triton==3.6.0 '$(TORCH36)' numpy
+	touch $@
+
+aot36: $(TRITON36_VENV)/.ready
+	$(TRITON36_VENV)/bin/python -m kernels.aot
 
 # TRL lives in an environment of its own, so that nothing of ours depends on what it needs.
 $(BENCH_VENV)/.ready: pyproject.toml constraints.txt
@@ -39,4 +57,4 @@ bench: $(BENCH_VENV)/.ready
 	$(BENCH_VENV)/bin/python benchmarks/sft_vs_trl.py
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) build dist
+	rm -rf $(VENV) $(BENCH_VENV) $(TRITON36_VENV) build dist

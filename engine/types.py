@@ -177,6 +177,11 @@ class Scorer(Protocol):
 class Backend(Scorer, Protocol):
     """Owns the model and the optimizer; knows nothing of data sources, schedules or files of a run."""
 
+    @property
+    def kernels(self) -> str | None:
+        """Which kernels were chosen for the device, in words; None where there is no choice."""
+        ...
+
     def train_step(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
     ) -> StepMetrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -127,6 +128,8 @@ def _run(
         with backends.scorer(held, ranks, probed) as scorer:
             timings = attached(held, lock["reference"]["weights"], scorer)
     backend = backends.build(config, ranks)
+    if backend.kernels is not None:
+        console.say(f"kernels: {backend.kernels}")
     if probed:
         backend.probe(probed)
     ranks.first(lambda: checkpoints.check_space(backend))
@@ -229,6 +232,8 @@ def _receipt(config: RunConfig, data: Data, folder: RunFolder, ranks: Ranks, hel
 def _set_determinism(config: RunConfig) -> None:
     import torch
 
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product on CUDA; torch asks for it
     if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
 

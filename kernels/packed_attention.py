@@ -3,21 +3,27 @@
 A document may begin with tokens that stand in the document before it alone: the prompt of a pair, whose two answers both see it.
 Its own tokens then see those first, and no others of that document.
 
-Legend: T packed tokens, L tokens of a document, P tokens of a shared prompt, A query heads, K key/value heads, D size of a head,
-n documents of one length.
+Legend: T packed tokens, A query heads, K key/value heads, D size of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import use_triton
+from kernels.reference import packed_attention_lse, packed_attention_sdpa
+
+LARGEST_HEAD = 256
+"""That Triton's kernels hold in a tile."""
 
 
-def packed_attention_sdpa(
+@overload
+def packed_attention(
     q_TAD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
@@ -26,9 +32,38 @@ def packed_attention_sdpa(
     shared: Sequence[int] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
-) -> Tensor:
-    """Attend within each document by torch's scaled_dot_product_attention, one call for neighbours of one length.
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def packed_attention(
+    q_TAD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    shared: Sequence[int] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def packed_attention(
+    q_TAD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    shared: Sequence[int] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend within each document: by Triton's kernels where they serve and nothing is dropped, else by the eager twin.
 
     Args:
         q_TAD: Queries, [T, A, D].
@@ -38,36 +73,27 @@ def packed_attention_sdpa(
         shared: Tokens that each document has from the beginning of the one before it, which then shares none itself; None: none do.
         scale: Of the scores; None: 1/√D.
         window: A token sees itself and the window − 1 tokens before it; None: all before it.
+        softcap: Scores s become softcap · tanh(s / softcap); None: they stay.
         dropout: Probability of dropping an attention weight.
+        return_lse: Return the log-sum-exp of each query's scores too.
 
     Returns:
-        [T, A, D], contiguous.
+        [T, A, D], contiguous; with it, if asked for, [A, T], float32 (float64 for float64); both have a gradient.
+
+    Raises:
+        ValueError: If shapes, types and documents do not fit each other.
     """
-    runs = _runs(cu_seqlens, shared)
-    sizes = [length * n for length, _, n in runs]
-    # split, not slices: the gradient of a slice is as large as the whole row, the gradient of a split is one concatenation
-    parts = list(zip(*(torch.split(x, sizes) for x in (q_TAD, k_TKD, v_TKD)), strict=True))
-    outputs = []
-    for i, ((length, prompt, n), (q, k, v)) in enumerate(zip(runs, parts, strict=True)):
-        if prompt:
-            _, k_before, v_before = parts[i - 1]
-            k, v = torch.cat([k_before[:prompt], k]), torch.cat([v_before[:prompt], v])
-        keys = prompt + length
-        windowed = window is not None and window < keys
-        mask = _mask(length, keys, window if windowed else None, q.device) if windowed or prompt else None
-        q_nALD, k_nKLD, v_nKLD = (x.reshape(n, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q_nALD,
-            k_nKLD,
-            v_nKLD,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            dropout_p=dropout,
-            enable_gqa=q_TAD.shape[1] != k_TKD.shape[1],
-        )
-        outputs.append(out.transpose(1, 2).reshape(n * length, *q.shape[1:]))
-    return torch.cat(outputs)
+    _check(q_TAD, k_TKD, v_TKD)
+    _check_options(q_TAD.shape[0], cu_seqlens, shared, window, softcap)
+    if not dropout and q_TAD.shape[2] <= LARGEST_HEAD and q_TAD.dtype != torch.float64 and use_triton(q_TAD):
+        edges, prompts = tuple(cu_seqlens), None if shared is None or not any(shared) else tuple(shared)
+        options = (q_TAD.shape[2] ** -0.5 if scale is None else scale, window, softcap)
+        out_TAD, lse_AT = _Attention.apply(q_TAD, k_TKD, v_TKD, edges, prompts, options)  # type: ignore[no-untyped-call]
+        return (out_TAD, lse_AT) if return_lse else out_TAD
+    twin: Any = packed_attention_lse if return_lse else packed_attention_sdpa
+    return twin(  # type: ignore[no-any-return]
+        q_TAD, k_TKD, v_TKD, cu_seqlens, shared=shared, scale=scale, window=window, softcap=softcap, dropout=dropout
+    )
 
 
 def with_prompts(x_TKD: Tensor, cu_seqlens: Sequence[int], shared: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -87,15 +113,68 @@ def with_prompts(x_TKD: Tensor, cu_seqlens: Sequence[int], shared: Sequence[int]
     return torch.cat(parts), edges
 
 
-def _runs(cu_seqlens: Sequence[int], shared: Sequence[int] | None) -> list[tuple[int, int, int]]:
-    """Return neighbours that go through one call as (own tokens, shared prompt, documents); what shares a prompt goes alone."""
+class _Attention(torch.autograd.Function):
+    """Triton's kernels; scale, window and softcap are the options."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TAD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        cu: tuple[int, ...],
+        shared: tuple[int, ...] | None,
+        options: tuple[float, int | None, float | None],
+    ) -> tuple[Tensor, Tensor]:
+        from kernels import triton_attention
+
+        q, k, v = (_unit_stride(x) for x in (q_TAD, k_TKD, v_TKD))
+        ctx.documents = cu, shared, triton_attention.Options(*options)
+        out_TAD, lse_AT = triton_attention.forward(q, k, v, *ctx.documents)
+        ctx.save_for_backward(q, k, v, out_TAD, lse_AT)
+        ctx.set_materialize_grads(False)
+        return out_TAD, lse_AT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_TAD: Tensor | None, d_lse_AT: Tensor | None) -> tuple[Tensor | None, ...]:
+        from kernels import triton_attention
+
+        q, k, v, out_TAD, lse_AT = ctx.saved_tensors
+        d_out = torch.zeros_like(out_TAD) if d_out_TAD is None else _unit_stride(d_out_TAD)
+        d_lse = None if d_lse_AT is None else d_lse_AT.contiguous()
+        need_kv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        grads = triton_attention.backward(q, k, v, out_TAD, lse_AT, d_out, d_lse, *ctx.documents, need_kv=need_kv)
+        return *grads, None, None, None
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse what kernels would read beyond their tensors for, or answer wrongly."""
+    fits = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0
+    if not fits or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"packed_attention: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} do not "
+            "fit; give [T, A, D], [T, K, D] and [T, K, D] of one dtype, A a multiple of K."
+        )
+
+
+def _check_options(
+    tokens: int, cu_seqlens: Sequence[int], shared: Sequence[int] | None, window: int | None, softcap: float | None
+) -> None:
     lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-    prompts = [0] * len(lengths) if shared is None else list(shared)
-    pairs = [d if own or after else -1 for d, (own, after) in enumerate(zip(prompts, [*prompts[1:], 0], strict=True))]
-    return [(*key[:2], len(list(same))) for key, same in groupby(zip(lengths, prompts, pairs, strict=True))]
-
-
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys each query of one document sees, [queries, keys], the last query being at the last key."""
-    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return age >= 0 if window is None else (age >= 0) & (age < window)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to the {tokens} tokens of q.")
+    prompts = [0] * len(lengths) if shared is None else shared
+    befores = zip([0, *lengths], [0, *prompts], strict=True)  # one more than there are documents
+    if any(p and not (0 < p <= own and not theirs) for p, (own, theirs) in zip(prompts, befores, strict=False)):
+        raise ValueError(
+            "packed_attention: a document shares what the one before it has not of its own; correct shared."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"packed_attention: window={window} hides a token from itself; give 1 or more, or None.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"packed_attention: softcap={softcap} leaves no scores; give more than 0, or None.")

@@ -31,7 +31,7 @@ from engine.generate import main as generate_main
 from engine.ranks import Ranks
 from engine.schedule import learning_rate
 from engine.worker import remedy
-from kernels import reference
+from kernels import linear_objective, reference
 from tests.conftest import read_metrics
 
 LORA = ["model.lora.enabled=true", "model.lora.rank=4", "model.lora.alpha=16", "optimizer.lr=1e-2"]
@@ -184,25 +184,25 @@ def test_adapters_alone_change_and_have_gradients_moments_and_float32(words: Any
     )
 
 
-@pytest.mark.parametrize("way", ["_LinearObjective", "_LinearLogprobs"])
+@pytest.mark.parametrize("way", ["_LinearObjective", "_LinearOutputs"])
 def test_the_frozen_output_matrix_has_no_gradient_computed(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Neither where the gradients come out of the forward pass nor where the logits are computed again."""
     made: list[str] = []
-    plain = reference._add_weight_grad
+    plain = linear_objective._add_weight_grad
 
     def noted(out_VH: Tensor, *args: Any, **options: Any) -> None:
         made.append("weight")
         plain(out_VH, *args, **options)
 
-    backward = getattr(reference, way).backward
-    monkeypatch.setattr(reference, "_add_weight_grad", noted)
+    backward = getattr(linear_objective, way).backward
+    monkeypatch.setattr(linear_objective, "_add_weight_grad", noted)
     monkeypatch.setattr(
-        getattr(reference, way), "backward", staticmethod(lambda ctx, x: made.append(way) or backward(ctx, x))
+        getattr(linear_objective, way), "backward", staticmethod(lambda ctx, *x: made.append(way) or backward(ctx, *x))
     )
-    if way == "_LinearLogprobs":
-        monkeypatch.setattr(reference, "chunk_edges", lambda bounds, rows: None)
+    if way == "_LinearOutputs":
+        monkeypatch.setattr(linear_objective, "chunk_edges", lambda bounds, rows: None)
     config = config_of(words("sft"), tmp_path / "run")
     do_step(TorchBackend(config, Ranks()), loader_of(config, tmp_path))
     assert {"weight", way} == set(made)

@@ -16,6 +16,7 @@ from engine.data.assemble import assemble
 from engine.data.loader import Loader, train_loader
 from engine.objectives.sft import SFT
 from engine.ranks import Ranks
+from tests.conftest import read_metrics
 
 TOLERANCE = 1e-5
 
@@ -218,6 +219,17 @@ FAMILIES = {
     "mistral windowed": ("MistralConfig", {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "granite divides its logits": ("GraniteConfig", {"logits_scaling": 4.0}),
+    "cohere multiplies its logits": ("CohereConfig", {"logit_scale": 0.3}),
+    "gemma2 caps its logits": (
+        "Gemma2Config",
+        {"final_logit_softcapping": 1.0, "head_dim": 8, "attn_logit_softcapping": None},
+    ),
+    "gemma2 caps its scores": (
+        "Gemma2Config",
+        {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None},
+    ),
+    "phi has a bias": ("PhiConfig", {}),
 }
 
 
@@ -232,25 +244,53 @@ def test_families_pass_the_probe_and_equal_plain_pytorch(
     assert_same(gradients(config, loader), plain_pytorch(config, loader))
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("GraniteConfig", {"logits_scaling": 4.0}),
-        ("CohereConfig", {"logit_scale": 0.3}),
-        ("Gemma2Config", {"final_logit_softcapping": 1.0, "head_dim": 8, "attn_logit_softcapping": None}),
-    ],
-)
-def test_probe_refuses_a_model_that_scales_its_logits(
-    base: list[str], tmp_path: Path, model_folder: Path, name: str, fields: dict[str, Any]
+def test_probe_refuses_a_model_that_makes_its_logits_in_its_own_way(
+    base: list[str], tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from engine.backends import hf_model
     from engine.errors import UserError
+    from kernels.output_layer import LogitOptions
 
-    folder = random_model(tmp_path / "model", model_folder, name, fields)
+    folder = random_model(tmp_path / "model", model_folder, "GraniteConfig", {"logits_scaling": 4.0})
     config = config_of([o for o in base if not o.startswith("model.path")], tmp_path, f"model.path={folder}")
     loader = loader_of(config, tmp_path)
+    monkeypatch.setattr(hf_model, "logit_options", lambda lm: LogitOptions())  # as of a model that nobody has heard of
     backend = TorchBackend(config, Ranks())
-    with pytest.raises(UserError, match=r"differ from the model's own logits|does not know"):
+    with pytest.raises(UserError, match="differ from the model's own logits"):
         backend.probe([loader.data[i] for i in range(3)])
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_losses_are_those_of_plain_log_softmax(
+    base: list[str], dpo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """A whole run, with the output layer of the engine and with one that writes all logits and leaves the rest to autograd."""
+    import engine
+    from kernels import linear_objective
+
+    words = {"sft": base, "dpo": dpo}[algorithm]
+    called: list[str] = []
+
+    def logprobs(hidden_NH: Any, labels_N: Any, weight_VH: Any, **_: Any) -> Any:
+        called.append("logprobs")
+        return (hidden_NH @ weight_VH.t()).log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
+
+    def objective(hidden_NH: Any, labels_N: Any, objective: Any, group_bounds: Any, **head: Any) -> Any:
+        groups = len(labels_N) if group_bounds is None else len(group_bounds) - 1
+        loss, sums = objective(logprobs(hidden_NH, labels_N, **head), 0, groups)
+        return loss, {name: value.detach() for name, value in sums.items()}
+
+    def losses(name: str) -> list[float]:
+        more = [f"run.dir={tmp_path / name}", f"data.cache_dir={tmp_path / name}"]
+        assert engine.run([*words, *more]) == 0
+        return [line["train/loss"] for line in read_metrics(tmp_path / name)]
+
+    ours = losses("ours")
+    monkeypatch.setattr(linear_objective, "linear_objective", objective)
+    monkeypatch.setattr(linear_objective, "linear_logprobs", logprobs)
+    plain = losses("plain")
+    assert called and len(plain) >= 4 and plain[0] != plain[-1]
+    assert ours == pytest.approx(plain, rel=TOLERANCE)
 
 
 def random_model(folder: Path, tokenizer: Path, name: str, fields: dict[str, Any]) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from kernels.packed_attention import packed_attention_sdpa, with_prompts
+from kernels.dispatch import INTERPRETED
+from kernels.packed_attention import packed_attention, with_prompts
+from kernels.reference import packed_attention_sdpa
 
 NAME = "anneal_packed"
 """Name under which the interface knows it: ``attn_implementation``."""
@@ -19,41 +22,83 @@ PackedAttention = Callable[..., Tensor]
 _IGNORED = {"is_causal", "use_cache", "cache_position", "output_attentions", "position_ids", "output_hidden_states"}
 
 
-def register(choice: str, device: torch.device, dtype: torch.dtype) -> str:
+def register(choice: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> str:
     """Put the chosen implementation behind the interface.
+
+    With ``auto``, a model that caps its scores or drops attention weights, which only its calls tell, is served by our own
+    kernels where the chosen ones lack that.
 
     Args:
         choice: ``model.attention``.
-        device: Where the model is; the vendor kernels need CUDA.
-        dtype: Compute type; the vendor kernels need bfloat16.
+        device: Where the model is; all but sdpa need CUDA.
+        dtype: Compute type; the vendors' kernels need bfloat16.
+        deterministic: ``run.deterministic``: with auto, take what gives the same bits every time.
 
     Returns:
-        The implementation taken: flash_attention, varlen or sdpa.
+        The implementation taken: flash_attention, varlen, triton or sdpa.
 
     Raises:
         UserError: If the chosen one is not installed or cannot run there.
     """
     from transformers import AttentionInterface
 
-    name = _resolve(choice, device, dtype)
-    AttentionInterface.register(
-        NAME, _interface({"sdpa": packed_attention_sdpa, "varlen": _varlen, "flash_attention": _flash}[name])
-    )
+    name = _resolve(choice, _present(device, dtype), deterministic=deterministic)
+    AttentionInterface.register(NAME, _interface(_complete(name, device, auto=choice == "auto")))
     return name
 
 
-def _resolve(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    present = {"sdpa": True, "flash_attention": False, "varlen": False}
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        present["flash_attention"] = importlib.util.find_spec("flash_attn") is not None
-        present["varlen"] = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+def _present(device: torch.device, dtype: torch.dtype) -> set[str]:
+    """Return what can run there."""
+    if device.type != "cuda":
+        return {"sdpa", "triton"} if INTERPRETED else {"sdpa"}
+    present = {"sdpa", "triton"}
+    if dtype == torch.bfloat16:
+        packages = {"flash_attention": _flash_package(device), "varlen": "torch.nn.attention.varlen"}
+        present |= {name for name, package in packages.items() if importlib.util.find_spec(package) is not None}
+    return present
+
+
+def _resolve(choice: str, present: Collection[str], *, deterministic: bool) -> str:
+    """Return the implementation to take.
+
+    Raises:
+        UserError: If the chosen one is not there.
+    """
     if choice == "auto":
-        return next(name for name in ("flash_attention", "varlen", "sdpa") if present[name])
-    if not present[choice]:
-        raise UserError(
-            f"model.attention={choice}: not available here (it needs CUDA, bfloat16 and its package); set model.attention=auto."
-        )
+        order = ("triton", "sdpa") if deterministic else ("flash_attention", "varlen", "triton", "sdpa")
+        return next(name for name in order if name in present)
+    if choice not in present:
+        needs = "CUDA" if choice == "triton" else "CUDA, bfloat16 and its package"
+        raise UserError(f"model.attention={choice}: not available here (it needs {needs}); set model.attention=auto.")
     return choice
+
+
+def _complete(name: str, device: torch.device, *, auto: bool) -> PackedAttention:
+    """Return an implementation that, if chosen by ``auto``, leaves to our own what it lacks, and else refuses it."""
+    flash3 = _flash_package(device) == "flash_attn_interface"
+    known: dict[str, tuple[PackedAttention, set[str]]] = {
+        "sdpa": (packed_attention_sdpa, set()),
+        "triton": (packed_attention, {"dropout"}),
+        "varlen": (_varlen, {"dropout", "softcap"}),
+        "flash_attention": (_flash3, {"dropout"}) if flash3 else (_flash2, set()),
+    }
+    attend, lacks = known[name]
+
+    def attention(*qkv_edges: Any, **options: Any) -> Tensor:
+        missing = [option for option in sorted(lacks) if options[option]]
+        if missing and not auto:
+            raise UserError(f"model.attention={name} has no {' and no '.join(missing)}; set model.attention=auto.")
+        serves: PackedAttention = packed_attention if missing else attend
+        return serves(*qkv_edges, **options)
+
+    return attention
+
+
+def _flash_package(device: torch.device) -> str:
+    """Return the module of FlashAttention-3 where that is installed and runs, else of FlashAttention-2."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    found = hopper and importlib.util.find_spec("flash_attn_interface") is not None
+    return "flash_attn_interface" if found else "flash_attn"
 
 
 def _interface(packed: PackedAttention) -> Callable[..., tuple[Tensor, None]]:
@@ -69,6 +114,7 @@ def _interface(packed: PackedAttention) -> Callable[..., tuple[Tensor, None]]:
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        softcap: float | None = None,
         cu_seqlens: Any = None,
         shared: Any = None,
         **others: Any,
@@ -77,15 +123,13 @@ def _interface(packed: PackedAttention) -> Callable[..., tuple[Tensor, None]]:
         unknown = [name for name, value in others.items() if value is not None and name not in _IGNORED]
         if unknown:
             raise UserError(f"model: its attention needs {', '.join(unknown)}, which packed attention does not know.")
+        batch, _, length, _ = query.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if cu_seqlens is None:  # padded on the right: causality keeps real tokens from seeing padding
-            batch, length = query.shape[0], query.shape[2]
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-            edges = range(0, (batch + 1) * length, length)
-            out = packed_attention_sdpa(q, k, v, edges, scale=scaling, window=sliding_window, dropout=dropout)
-            return out.view(batch, length, *out.shape[1:]), None
-        q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-        out = packed(q, k, v, cu_seqlens, shared=shared, scale=scaling, window=sliding_window, dropout=dropout)
-        return out.unsqueeze(0), None
+            cu_seqlens = range(0, (batch + 1) * length, length)
+        options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout": dropout}
+        out = packed(q, k, v, cu_seqlens, shared=shared, **options)
+        return out.view(batch, length, *out.shape[1:]), None
 
     return attention  # type: ignore[no-any-return]
 
@@ -116,30 +160,32 @@ class _Varlen(NamedTuple):
         return cls(k, v, on_device(cu_seqlens), on_device(edges), longest(cu_seqlens), longest(edges))
 
 
-def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Any,
-    *,
-    shared: Any,
-    scale: float | None,
-    window: int | None,
-    dropout: float,
-) -> Tensor:
+def _flash2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, shared: Any, dropout: float, **options: Any) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    size = (-1, -1) if window is None else (window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
-        q,
-        *_Varlen.of(k, v, cu_seqlens, shared),
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-        window_size=size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        q, *_Varlen.of(k, v, cu_seqlens, shared), dropout_p=dropout, **_flash_options(**options)
     )
     return out
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, shared: Any, dropout: float, **options: Any) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(q, *_Varlen.of(k, v, cu_seqlens, shared), **_flash_options(**options))
+    first: Tensor = out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
+    return first
+
+
+def _flash_options(*, scale: float | None, window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Return what FlashAttention-2 and -3 call alike."""
+    return {
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **({} if softcap is None else {"softcap": softcap}),
+    }
 
 
 def _varlen(
@@ -151,16 +197,16 @@ def _varlen(
     shared: Any,
     scale: float | None,
     window: int | None,
-    dropout: float,
+    **lacking: Any,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise UserError("model.attention=varlen has no dropout; set model.attention=sdpa, or attention_dropout to 0.")
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    groups, options = q.shape[1] // k.shape[1], dict[str, Any]()
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     size = (-1, 0) if window is None else (window - 1, 0)
-    out = varlen_attn(q, *_Varlen.of(k, v, cu_seqlens, shared), scale=scale, window_size=size)
+    out = varlen_attn(q, *_Varlen.of(k, v, cu_seqlens, shared), scale=scale, window_size=size, **options)
     assert isinstance(out, Tensor)
     return out

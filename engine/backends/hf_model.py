@@ -19,6 +19,7 @@ from engine.config import sources as data_sources
 from engine.config.schema import ModelSection, RunConfig
 from engine.data.template import template_text
 from engine.errors import UserError
+from kernels.output_layer import LogitOptions
 
 
 def compute_dtype(model: ModelSection, device: torch.device) -> torch.dtype:
@@ -150,6 +151,18 @@ def layers(lm: Any) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList):
             return list(module)
     raise UserError(f"{type(lm).__name__} has no list of decoder layers, which sharding and model.compile need.")
+
+
+def logit_options(lm: Any) -> LogitOptions:
+    """Return what the model does to its logits, as its configuration says in one of the ways of transformers' models."""
+    config = lm.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1
+        value = getattr(config, name, None)
+        scale *= value if isinstance(value, (int, float)) and value > 0 else 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return LogitOptions(softcap=softcap or None, temperature=divisor / scale)
 
 
 def initialise(lm: Any, seed: int, into: Callable[[nn.Module, str, Tensor], None]) -> None:

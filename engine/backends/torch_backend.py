@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine import flops
-from engine.backends import attention, hf_model, lora, shards
+from engine.backends import attention, hf_model, liger, lora, shards
 from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
@@ -23,13 +24,14 @@ from engine.data.samples import trained_positions
 from engine.errors import UserError
 from engine.ranks import PATIENCE, Ranks
 from engine.types import MicroBatch, Objective, Sample, StepMetrics
-from kernels import reference
+from kernels import linear_objective, reference
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-WORKSPACE_MB = {"cpu": 32, "cuda": 512}
-"""Float32 logits that exist at once: on CPUs a chunk is best when it stays near the caches."""
+WORKSPACE_MB = {"cpu": 64, "cuda": 512}
+"""Logits that exist at once, of the compute type: on CPUs few enough to stay near the caches, and rows enough for each pass over
+the gradient of a large output matrix."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Largest difference in a log-probability that rounding explains; what a wrong mask or scale does is far above."""
 
@@ -41,6 +43,7 @@ class Trainable(nn.Module):
         super().__init__()
         self.lm = lm
         self.workspace_mb = workspace_mb
+        self.options = hf_model.logit_options(lm)
 
     def forward(self, work: Callable[..., T], *args: Any) -> T:
         """Return ``work(*args)``, done where the root's weights are at hand, gathered if they are sharded."""
@@ -66,19 +69,23 @@ class Trainable(nn.Module):
             part = targets.sequences(start * size, stop * size) if size else targets.tokens(start, stop)
             return objective.loss(logprobs_C, part)
 
-        return reference.linear_objective(
+        return linear_objective.linear_objective(
             self.hidden(batch),
-            self.lm.get_output_embeddings().weight,
-            batch.labels_N,
-            chunk,
+            labels_N=batch.labels_N,
+            objective=chunk,
             group_bounds=targets.bounds[::size] if size else None,
-            workspace_mb=self.workspace_mb,
+            **self._output_layer(),
         )
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Return the log-probabilities of the trained tokens, [N]."""
-        weight = self.lm.get_output_embeddings().weight
-        return reference.linear_logprobs(self.hidden(batch), weight, batch.labels_N, workspace_mb=self.workspace_mb)
+        return linear_objective.linear_logprobs(self.hidden(batch), labels_N=batch.labels_N, **self._output_layer())
+
+    def _output_layer(self) -> dict[str, Any]:
+        """Return what the kernels are told of the output layer, its weights as they are now."""
+        head = self.lm.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        return {"weight_VH": head.weight, "bias_V": bias_V, "options": self.options, "workspace_mb": self.workspace_mb}
 
 
 class TorchBackend:
@@ -99,7 +106,9 @@ class TorchBackend:
         self.ranks = ranks
         self.train = train
         self.dtype = hf_model.compute_dtype(config.model, self.device)
-        self.attention = attention.register(config.model.attention, self.device, self.dtype)
+        self.attention = attention.register(
+            config.model.attention, self.device, self.dtype, deterministic=config.run.deterministic
+        )
         sharded = ranks.size > 1 and config.backend.torch.shard_size != 1
         if config.backend.torch.cpu_offload and (self.device.type == "cpu" or not sharded):
             raise UserError(
@@ -107,6 +116,7 @@ class TorchBackend:
             )
         self.lm = hf_model.skeleton(config.model, attention=attention.NAME)
         self._check_model()
+        self.no_liger = liger.why_not(config.model.liger, self.device, self.lm.config)
         self.weights = self._sharded() if sharded else self._replicated()
         self.adapted = list(lora.layers(self.lm).values()) if config.model.lora.enabled else []
         if not train:
@@ -198,7 +208,8 @@ class TorchBackend:
         ours_N = self.root(self.root.logprobs, collate_packed(probed).to(self.device))
         self.lm.set_attn_implementation("eager")
         try:
-            own_N = self.root(self._own_logprobs, probed)
+            with self.liger.off() if self.liger is not None else nullcontext():
+                own_N = self.root(self._own_logprobs, probed)
         finally:
             self.lm.set_attn_implementation(attention.NAME)
             self.weights.rest()
@@ -206,8 +217,8 @@ class TorchBackend:
         if not gap <= PROBE_TOLERANCE[self.dtype]:
             raise UserError(
                 f"model.path={self.config.model.path}: packed, fused log-probabilities differ from the model's own logits by up to "
-                f"{gap:.3g} ({type(self.lm).__name__} scales its logits or attends in its own way), so its loss would be wrong; "
-                "this model cannot be trained yet."
+                f"{gap:.3g} ({type(self.lm).__name__} makes its logits or attends in its own way), so its loss would be wrong; "
+                + ("try model.liger=false." if self.liger is not None else "this model cannot be trained yet.")
             )
 
     def snapshot(self, *, copy: bool) -> Callable[[Path], Sequence[Path]]:
@@ -277,6 +288,14 @@ class TorchBackend:
             num_tokens=int(tokens), num_trained_tokens=int(trained_tokens), squared_lengths=int(squared_lengths)
         )
         return needed / (seconds * self.ranks.size * self._peak)
+
+    @property
+    def kernels(self) -> str | None:
+        """Which kernels were chosen on CUDA, in words; None on a CPU, where there is no choice."""
+        if self.device.type == "cpu":
+            return None
+        rest = "Liger" if self.no_liger is None else f"torch ({self.no_liger})"
+        return f"attention by {self.attention}; RMSNorm, RoPE and MLP by {rest}"
 
     def checkpoint_bytes(self) -> int:
         """Return the size of one checkpoint: float32 weights and two moments of all that is trained."""
@@ -378,6 +397,7 @@ class TorchBackend:
     def _trainable(self, lm: Any) -> Trainable:
         if not self.train:
             lm.requires_grad_(False)
+        self.liger = liger.Liger(lm) if self.no_liger is None else None
         if self.train and self.config.model.recompute == "full":
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -426,9 +446,9 @@ class TorchBackend:
     def _check_model(self) -> None:
         head = self.lm.get_output_embeddings()
         path = self.config.model.path
-        if head is None or getattr(head, "bias", None) is not None:
+        if head is None:
             raise UserError(
-                f"model.path={path}: its output layer is missing or has a bias, which the fused loss does not know."
+                f"model.path={path}: {type(self.lm).__name__} has no output layer; choose a language model."
             )
         longest = getattr(self.lm.config, "max_position_embeddings", None)
         if longest is not None and self.config.data.max_length > longest:

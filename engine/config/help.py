@@ -72,7 +72,7 @@ def _keys(section: type[BaseModel], prefix: str, defaults: dict[str, Any]) -> li
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
-        return " | ".join(map(str, get_args(annotation)))
+        return " | ".join(a if isinstance(a, str) else json.dumps(a) for a in get_args(annotation))
     if origin in (types.UnionType, Union):
         return " | ".join(_type(a) for a in get_args(annotation))
     if hasattr(annotation, "__metadata__"):

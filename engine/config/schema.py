@@ -87,8 +87,11 @@ class ModelSection(Section):
     """Folder or hub id of the tokenizer; null: the model's own."""
     dtype: Literal["auto", "float32", "bfloat16"]
     """Compute type; master weights and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
-    attention: Literal["auto", "sdpa", "flash_attention", "varlen"]
-    """Packed attention. auto: flash_attention if installed, then torch's varlen on CUDA, else one SDPA call a document."""
+    attention: Literal["auto", "sdpa", "triton", "flash_attention", "varlen"]
+    """Packed attention. triton: our kernels; sdpa: one call a document. auto, on CUDA: FlashAttention-3 or -2 if installed, then
+    torch's varlen, and triton where these cannot serve and with run.deterministic; on CPUs: sdpa."""
+    liger: Literal["auto", True, False]
+    """Liger's kernels for RMSNorm, RoPE and the gated MLP. auto: on CUDA, for the models that they are tested with."""
     chat_template: str | None
     """default: the tokenizer's own; null: contents are concatenated; else a Jinja string or a file."""
     template_args: dict[str, Any]

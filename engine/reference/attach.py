@@ -45,7 +45,7 @@ of a few tokens that is up to some percent; over many tokens it cancels for the 
 """
 PERIOD_S = 30.0
 """Time between two lines of progress."""
-LIBRARIES = ("torch", "transformers", "flash-attn")
+LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-3", "triton", "liger-kernel")
 COMPUTED_BY = (fingerprint.ROOT / "engine" / "backends", fingerprint.ROOT / "kernels")
 """The code that a log-probability is a matter of."""
 
@@ -231,7 +231,7 @@ class _Pass:
             "format": FORMAT,
             "weights": self.weights,
             "data": [samples.fingerprint, len(samples)],
-            "model": [model.dtype, model.attention, model.compile, model.config_overrides],
+            "model": [model.dtype, model.attention, model.liger, model.compile, model.config_overrides],
             "remote_code": self._remote_code() if model.trust_remote_code else None,
             "backend": config.backend.name,
             "device": self.ranks.device.type,

@@ -21,7 +21,8 @@ from engine.objectives import build
 from engine.objectives.dpo import DPO
 from engine.objectives.preference_losses import LOSSES, preference_loss
 from engine.types import Targets
-from kernels.reference import linear_objective, rows_per_chunk
+from kernels.linear_objective import linear_objective
+from kernels.output_layer import rows_per_chunk
 
 RECIPE = compose(["model=tiny", "data=tasks", "algorithm=dpo"]).config.algorithm
 BETA, EPSILON, GAMMA = 0.3, 0.1, 0.7
@@ -219,6 +220,7 @@ def test_pairs_add_up_however_they_are_split(name: str, weights: list[float] | N
 
 
 @pytest.mark.parametrize("rows", [2, 5, 100])
+@pytest.mark.filterwarnings("ignore:A group of tokens")
 def test_inside_the_fused_output_layer(rows: int) -> None:
     """Two rows: no pair fits a chunk; five: a chunk a pair; a hundred: all at once."""
     dpo = objective("sigmoid", sft_loss_weight=0.5, preference_average_log_probs=True)
