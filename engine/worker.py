@@ -233,7 +233,8 @@ def _set_determinism(config: RunConfig) -> None:
     import torch
 
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product on CUDA; torch asks for it
+        # torch asks for it, and cuBLAS reads it with the first product on CUDA
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.run.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.run.deterministic)  # imports the compiler: not for nothing
 
