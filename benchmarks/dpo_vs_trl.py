@@ -116,7 +116,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Write pairs.jsonl and the model with its tokenizer into the work folder."""
     folder, pairs, needed = Path(args.work), read_pairs(args.data), args.steps * args.batch
     texts = [turn["content"] for pair in pairs for side in pair.values() for turn in side]
-    tokenizer, parameters = sides.write_model(folder / "model", args.size, TEMPLATE, texts)
+    tokenizer, parameters = sides.write_model(folder / "model", sides.SIZES[args.size], TEMPLATE, texts)
 
     def length(turns: list[dict[str, str]], **options: Any) -> int:
         return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, **options))["input_ids"])

@@ -274,12 +274,12 @@ def _attention_inputs(make: torch.Generator, small: bool, *, dim: int, prompts: 
 
 
 def _attention(x: Tensors, *, window: int | None = None, softcap: float | None = None) -> Tensors:
-    from kernels.packed_attention import packed_attention
+    from kernels.packed_attention import packed_attention_outputs
 
     x = _leaves(x, "q", "k", "v")
     shared: Sequence[int] | None = x["shared"].tolist() if x["shared"].any() else None
-    out, lse = packed_attention(
-        x["q"], x["k"], x["v"], x["cu_seqlens"].tolist(), shared=shared, window=window, softcap=softcap, return_lse=True
+    out, lse = packed_attention_outputs(
+        x["q"], x["k"], x["v"], x["cu_seqlens"].tolist(), shared=shared, window=window, softcap=softcap
     )
     grads = _gradients((out.float() * x["d_out"].float()).sum(), x, "q", "k", "v")
     return {"out": out.detach(), "lse": lse.detach(), **grads}

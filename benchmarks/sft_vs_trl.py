@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace) -> None:
     conversations = [_conversation(row) for row in alpaca[:needed]]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
     texts = [row[key] for row in alpaca for key in ("instruction", "input", "output")]
-    tokenizer, parameters = sides.write_model(folder / "model", args.size, TEMPLATE, texts)
+    tokenizer, parameters = sides.write_model(folder / "model", sides.SIZES[args.size], TEMPLATE, texts)
     lengths = [
         len(tokenizer.apply_chat_template(c, tokenize=True, return_dict=True)["input_ids"]) for c in conversations
     ]

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -134,12 +134,12 @@ def generated_rows(count: int) -> list[dict[str, str]]:
     ]
 
 
-def write_model(folder: Path, size: str, template: str, texts: Iterable[str]) -> tuple[Any, int]:
-    """Write a Llama of one of the sizes, fresh from the random number generator, and a tokenizer trained on the texts.
+def write_model(folder: Path, size: Mapping[str, int], template: str, texts: Iterable[str]) -> tuple[Any, int]:
+    """Write a Llama, fresh from the random number generator, and a tokenizer of its vocabulary trained on the texts.
 
     Args:
         folder: Where to.
-        size: Key of SIZES.
+        size: Fields of its configuration, as one of SIZES; a vocabulary of 259 is the three special tokens and the bytes.
         template: The chat template.
         texts: What the byte-level BPE learns from.
 
@@ -153,7 +153,7 @@ def write_model(folder: Path, size: str, template: str, texts: Iterable[str]) ->
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZES[size]["vocab_size"],
+        vocab_size=size["vocab_size"],
         special_tokens=[AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -164,7 +164,7 @@ def write_model(folder: Path, size: str, template: str, texts: Iterable[str]) ->
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES[size],
+        **size,
         max_position_embeddings=2048,
         attention_dropout=0.0,
         tie_word_embeddings=False,

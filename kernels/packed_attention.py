@@ -9,7 +9,7 @@ Legend: T packed tokens, A query heads, K key/value heads, D size of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,47 +22,24 @@ LARGEST_HEAD = 256
 """That Triton's kernels hold in a tile."""
 
 
-@overload
+class Options(TypedDict, total=False):
+    """How documents are attended within."""
+
+    shared: Sequence[int] | None
+    """Tokens that each document has from the beginning of the one before it, which then shares none itself; None: none do."""
+    scale: float | None
+    """Of the scores; None: 1/√D."""
+    window: int | None
+    """A token sees itself and the window − 1 tokens before it; None: all before it."""
+    softcap: float | None
+    """Scores s become softcap · tanh(s / softcap); None: they stay."""
+    dropout: float
+    """Probability of dropping an attention weight; 0."""
+
+
 def packed_attention(
-    q_TAD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_seqlens: Sequence[int],
-    *,
-    shared: Sequence[int] | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    return_lse: Literal[False] = False,
-) -> Tensor: ...
-@overload
-def packed_attention(
-    q_TAD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_seqlens: Sequence[int],
-    *,
-    shared: Sequence[int] | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-def packed_attention(
-    q_TAD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_seqlens: Sequence[int],
-    *,
-    shared: Sequence[int] | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Sequence[int], **options: Unpack[Options]
+) -> Tensor:
     """Attend within each document: by Triton's kernels where they serve and nothing is dropped, else by the eager twin.
 
     Args:
@@ -70,30 +47,44 @@ def packed_attention(
         k_TKD: Keys, [T, K, D]; A is a multiple of K.
         v_TKD: Values, [T, K, D].
         cu_seqlens: Document d owns the tokens cu_seqlens[d]:cu_seqlens[d + 1]; on the host, so that nothing waits for the device.
-        shared: Tokens that each document has from the beginning of the one before it, which then shares none itself; None: none do.
-        scale: Of the scores; None: 1/√D.
-        window: A token sees itself and the window − 1 tokens before it; None: all before it.
-        softcap: Scores s become softcap · tanh(s / softcap); None: they stay.
-        dropout: Probability of dropping an attention weight.
-        return_lse: Return the log-sum-exp of each query's scores too.
+        options: See ``Options``.
 
     Returns:
-        [T, A, D], contiguous; with it, if asked for, [A, T], float32 (float64 for float64); both have a gradient.
+        [T, A, D], contiguous.
 
     Raises:
         ValueError: If shapes, types and documents do not fit each other.
     """
     _check(q_TAD, k_TKD, v_TKD)
-    _check_options(q_TAD.shape[0], cu_seqlens, shared, window, softcap)
-    if not dropout and q_TAD.shape[2] <= LARGEST_HEAD and q_TAD.dtype != torch.float64 and use_triton(q_TAD):
-        edges, prompts = tuple(cu_seqlens), None if shared is None or not any(shared) else tuple(shared)
-        options = (q_TAD.shape[2] ** -0.5 if scale is None else scale, window, softcap)
-        out_TAD, lse_AT = _Attention.apply(q_TAD, k_TKD, v_TKD, edges, prompts, options)  # type: ignore[no-untyped-call]
-        return (out_TAD, lse_AT) if return_lse else out_TAD
-    twin: Any = packed_attention_lse if return_lse else packed_attention_sdpa
-    return twin(  # type: ignore[no-any-return]
-        q_TAD, k_TKD, v_TKD, cu_seqlens, shared=shared, scale=scale, window=window, softcap=softcap, dropout=dropout
-    )
+    _check_options(q_TAD.shape[0], cu_seqlens, options)
+    if _by_triton(q_TAD, options):
+        return _triton(q_TAD, k_TKD, v_TKD, cu_seqlens, options)[0]
+    return packed_attention_sdpa(q_TAD, k_TKD, v_TKD, cu_seqlens, **options)
+
+
+def packed_attention_outputs(
+    q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Sequence[int], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]:
+    """Return what ``packed_attention`` does, and the log-sum-exp of each query's scores; both have a gradient.
+
+    Args:
+        q_TAD: See ``packed_attention``, as the rest.
+        k_TKD: Keys.
+        v_TKD: Values.
+        cu_seqlens: Edges of the documents.
+        options: See ``Options``.
+
+    Returns:
+        [T, A, D], contiguous, and [A, T], float32 (float64 of float64).
+
+    Raises:
+        ValueError: If shapes, types and documents do not fit each other.
+    """
+    _check(q_TAD, k_TKD, v_TKD)
+    _check_options(q_TAD.shape[0], cu_seqlens, options)
+    if _by_triton(q_TAD, options):
+        return _triton(q_TAD, k_TKD, v_TKD, cu_seqlens, options)
+    return packed_attention_lse(q_TAD, k_TKD, v_TKD, cu_seqlens, **options)
 
 
 def with_prompts(x_TKD: Tensor, cu_seqlens: Sequence[int], shared: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -148,6 +139,20 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _by_triton(q: Tensor, options: Options) -> bool:
+    """Tell whether Triton's kernels do what is asked for."""
+    known = not options.get("dropout") and q.shape[2] <= LARGEST_HEAD and q.dtype != torch.float64
+    return known and use_triton(q)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int], options: Options) -> tuple[Tensor, Tensor]:
+    shared, scale = options.get("shared"), options.get("scale")
+    edges, prompts = tuple(cu_seqlens), tuple(shared) if shared is not None and any(shared) else None
+    scores = (q.shape[2] ** -0.5 if scale is None else scale, options.get("window"), options.get("softcap"))
+    out_TAD, lse_AT = _Attention.apply(q, k, v, edges, prompts, scores)  # type: ignore[no-untyped-call]
+    return out_TAD, lse_AT
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -162,9 +167,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_options(
-    tokens: int, cu_seqlens: Sequence[int], shared: Sequence[int] | None, window: int | None, softcap: float | None
-) -> None:
+def _check_options(tokens: int, cu_seqlens: Sequence[int], options: Options) -> None:
+    shared, window, softcap = options.get("shared"), options.get("window"), options.get("softcap")
     lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to the {tokens} tokens of q.")

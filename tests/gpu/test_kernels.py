@@ -17,14 +17,17 @@ def negative(logprobs_C: Tensor, start: int, stop: int) -> tuple[Tensor, dict[st
     return -logprobs_C.sum(), {}
 
 
-def launch_twice(step: Callable[[], object]) -> None:
-    """Call a step, which compiles and may wait, then again, where a synchronisation with the card is an error."""
+def waited(step: Callable[[], object]) -> str | None:
+    """Call a step, which compiles and may wait, then again; return what torch says of a wait for the card, None: none."""
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+    except RuntimeError as error:
+        return str(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,11 +71,13 @@ def test_the_loss_does_not_wait_for_the_card() -> None:
     hidden_NH = torch.randn(300, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     weight_VH = torch.randn(1000, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     labels_N = torch.randint(1000, (300,), device=CUDA)
-    launch_twice(lambda: linear_objective(hidden_NH, weight_VH, labels_N, negative, workspace_mb=0.25)[0].backward())
+    assert waited(lambda: labels_N.sum().item()) is not None  # one that does
+    step = lambda: linear_objective(hidden_NH, weight_VH, labels_N, negative, workspace_mb=0.25)[0].backward()  # noqa: E731
+    assert waited(step) is None
 
 
 def test_attention_does_not_wait_for_the_card() -> None:
     from kernels.packed_attention import packed_attention
 
     q, k, v = (torch.randn(300, n, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2))
-    launch_twice(lambda: packed_attention(q, k, v, [0, 100, 300]).sum().backward())
+    assert waited(lambda: packed_attention(q, k, v, [0, 100, 300]).sum().backward()) is None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import packed_attention as public
 from kernels import triton_attention
-from kernels.packed_attention import packed_attention
+from kernels.packed_attention import packed_attention, packed_attention_outputs
 from tests.kernels.masked_attention import by_mask, edges_of, seen_by
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -60,7 +60,7 @@ def with_gradients(out: tuple[Tensor, Tensor], qkv: list[Tensor], upstream: list
 
 def ours(case: str, qkv: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
     lengths, _, _, options = CASES[case]
-    return with_gradients(packed_attention(*qkv, edges_of(lengths), return_lse=True, **options), qkv, upstream)
+    return with_gradients(packed_attention_outputs(*qkv, edges_of(lengths), **options), qkv, upstream)
 
 
 def eager(case: str, qkv: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
@@ -97,7 +97,7 @@ def test_gradients_of_one_output_alone() -> None:
     out = packed_attention(*qkv, edges_of(lengths), **options)
     torch.testing.assert_close(torch.autograd.grad(out, qkv, d_out), tuple(x.float() for x in exact[2:]))
     exact = eager("prompts", [x.detach().double().requires_grad_() for x in qkv], [torch.zeros_like(d_out), d_lse])
-    _, lse = packed_attention(*qkv, edges_of(lengths), return_lse=True, **options)
+    _, lse = packed_attention_outputs(*qkv, edges_of(lengths), **options)
     torch.testing.assert_close(torch.autograd.grad(lse, qkv[:2], d_lse), tuple(x.float() for x in exact[2:4]))
 
 

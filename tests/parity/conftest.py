@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import engine
-from tests.conftest import read_metrics
+from tests.conftest import ROOT, read_metrics
 
+sys.path.append(str(ROOT / "benchmarks"))
+from trl_sides import write_model  # noqa: E402
+
+__all__ = ["write_model"]
 STEPS, BATCH = 10, 4
+SIZE = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_model(folder: Path, *, template: str, vocab_size: int, texts: Iterable[str]) -> None:
-    """Write a byte-level tokenizer trained on the texts and a Llama of two layers, from a fixed seed.
-
-    A vocabulary of 259 is the three special tokens and the bytes.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
 
 
 def trl_lines(trainer: type, config: type, folder: Path, rows: str, **options: Any) -> list[dict[str, float]]:

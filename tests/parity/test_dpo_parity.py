@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity.conftest import BATCH, STEPS, engine_lines, trl_lines, write_model, write_rows
+from tests.parity.conftest import BATCH, SIZE, STEPS, engine_lines, trl_lines, write_model, write_rows
 
 trl = pytest.importorskip("trl")
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with pairs.jsonl and model/."""
     path = tmp_path_factory.mktemp("parity")
     write_rows(path / "pairs.jsonl", pairs())
-    write_model(path / "model", template=TEMPLATE, vocab_size=259, texts=[])
+    write_model(path / "model", {**SIZE, "vocab_size": 259}, TEMPLATE, texts=[])
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.conftest import BATCH, STEPS, engine_lines, trl_lines, write_model, write_rows
+from tests.parity.conftest import BATCH, SIZE, STEPS, engine_lines, trl_lines, write_model, write_rows
 
 trl = pytest.importorskip("trl")
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = conversations()
     write_rows(path / "rows.jsonl", rows)
     texts = [m["content"] for row in rows for m in row["messages"]]
-    write_model(path / "model", template=TEMPLATE, vocab_size=512, texts=texts)
+    write_model(path / "model", {**SIZE, "vocab_size": 512}, TEMPLATE, texts)
     return path
 
 
