@@ -130,7 +130,7 @@ class Objective(Protocol):
         """Return the sum of the loss over whole groups and sums to report beside it.
 
         Args:
-            logprobs_N: Log-probabilities of the targets, float32.
+            logprobs_N: Log-probabilities of the targets, float32 [N].
             targets: The targets they belong to.
 
         Returns:
@@ -170,7 +170,11 @@ class Scorer(Protocol):
         ...
 
     def probe(self, samples: Sequence[Sample]) -> None:
-        """Check on this model that packing and the fused loss equal its own logits; raises RunError if not."""
+        """Check on this model that packing and the fused loss equal its own logits.
+
+        Raises:
+            UserError: If they differ by more than rounding.
+        """
         ...
 
 

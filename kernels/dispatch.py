@@ -17,7 +17,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def use_triton(x: Tensor) -> bool:
     """Tell whether our Triton kernels serve a tensor. Where they cannot on its device, that is said once."""
-    return INTERPRETED or (x.is_cuda and works(x.device) and _fits(x.device))
+    return INTERPRETED or (x.is_cuda and serves(x.device))
+
+
+def serves(device: torch.device) -> bool:
+    """Tell whether our Triton kernels run on a CUDA device."""
+    return works(device) and _fits(device)
 
 
 def architecture(device: torch.device) -> str:

@@ -74,7 +74,7 @@ def linear_logprobs(
     Args:
         hidden_NH: Hidden states, float32, bfloat16, float16 or float64, [N, H].
         weight_VH: Output matrix of the same dtype, [V, H]; of this rank, with a shard.
-        labels_N: Target ids, integers, [N]. One that is in no vocabulary has NaN.
+        labels_N: Target ids, integers, [N]; ``options.ignore_index`` has 0 and no gradient, another that is in no vocabulary NaN.
         workspace_mb: Size of a chunk's logits, MiB.
         bias_V: Bias of the logits, of the same dtype; None: none.
         options: See ``LogitOptions``; ``z_loss`` is ``linear_objective``'s.
@@ -108,6 +108,9 @@ def linear_outputs(
         bias_V: Bias of the logits.
         options: Of the logits.
         shard: This rank's part of the vocabulary.
+
+    Returns:
+        Float32 (float64 of float64), [N] each.
     """
     head = Head(weight_VH, bias_V, options, shard)
     if _needs_gradient(hidden_NH, weight_VH, bias_V):
@@ -165,7 +168,7 @@ def linear_objective(
     Args:
         hidden_NH: Hidden states, float32, bfloat16, float16 or float64, [N, H].
         weight_VH: Output matrix of the same dtype, [V, H]; of this rank, with a shard.
-        labels_N: Target ids, integers, [N]. One that is in no vocabulary has NaN.
+        labels_N: Target ids, integers, [N]; ``options.ignore_index`` has 0 and no gradient, another that is in no vocabulary NaN.
         objective: Called with whole groups; its sums add up over calls. With a shard, every rank has the same.
         group_bounds: Group g is the tokens group_bounds[g]:group_bounds[g + 1]; None: every token is one.
         workspace_mb: Size of a chunk's logits, MiB.

@@ -171,7 +171,7 @@ def twin(x: Tensor) -> ModuleType:
 
 
 def token_outputs(head: Head, stats_KC: Tensor, labels_C: Tensor) -> tuple[Outputs, Tensor]:
-    """Return what the statistics of the whole vocabulary give, and lse of ignored tokens too."""
+    """Return what the statistics of the whole vocabulary, float32 [5, C], give, and lse of ignored tokens too."""
     smoothing = head.options.label_smoothing
     top_C, log_sum_C = stats_KC[MAX], stats_KC[SUMEXP].log()
     lse_C, target_C = top_C + log_sum_C, stats_KC[TARGET] - top_C
@@ -190,7 +190,7 @@ def token_outputs(head: Head, stats_KC: Tensor, labels_C: Tensor) -> tuple[Outpu
 def logits_grad_(
     head: Head, z_CV: Tensor, labels_C: Tensor, lse_C: Tensor, grad_C: Tensor, grad_lse_C: Tensor
 ) -> Tensor:
-    """Write the gradient of the logits over them, from those of log-probabilities and lse."""
+    """Write the gradient of the logits [C, V] over them, from those of log-probabilities and lse, float32 [C]."""
     counted_C, smoothing = labels_C != head.options.ignore_index, head.options.label_smoothing
     grad_C, grad_lse_C = (torch.where(counted_C, x, 0.0) for x in (grad_C, grad_lse_C))
     parts = (1 - smoothing) * grad_C, smoothing / head.vocabulary * grad_C, grad_lse_C - grad_C

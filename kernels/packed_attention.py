@@ -43,8 +43,8 @@ def packed_attention(
     """Attend within each document: by Triton's kernels where they serve and nothing is dropped, else by the eager twin.
 
     Args:
-        q_TAD: Queries, [T, A, D].
-        k_TKD: Keys, [T, K, D]; A is a multiple of K.
+        q_TAD: Queries, float32, bfloat16, float16 or float64, [T, A, D].
+        k_TKD: Keys of the same type, [T, K, D]; A is a multiple of K.
         v_TKD: Values, [T, K, D].
         cu_seqlens: Document d owns the tokens cu_seqlens[d]:cu_seqlens[d + 1]; on the host, so that nothing waits for the device.
         options: See ``Options``.
@@ -91,6 +91,14 @@ def with_prompts(x_TKD: Tensor, cu_seqlens: Sequence[int], shared: Sequence[int]
     """Return keys or values with each document's shared prompt before it, and where each document then begins and ends.
 
     Queries of a document are to be aligned with the last of its keys.
+
+    Args:
+        x_TKD: Keys or values, [T, K, D].
+        cu_seqlens: Edges of the documents.
+        shared: Tokens shared; see ``Options``.
+
+    Returns:
+        [T + Σ shared, K, D], and the edges on the host.
     """
     documents = torch.split(x_TKD, [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)])
     parts = [

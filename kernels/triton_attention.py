@@ -325,7 +325,7 @@ def backward(
     *,
     need_kv: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of queries, keys and values, contiguous and in their type; the latter two None unless needed.
+    """Return the gradients of queries, keys and values, contiguous, in their type: [T, A, D], and [T, K, D] or None unless needed.
 
     Args:
         q_TAD: As given to ``forward``, like the two that follow.

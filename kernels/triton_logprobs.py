@@ -1,7 +1,7 @@
 """Statistics of log-probabilities straight from hidden states and output matrix: the logits are never written.
 
 A program has some tokens and a split of the vocabulary, and goes through it a tile of logits at a time; the splits' statistics are
-merged as those of ranks are (``linear_objective.merge``). Without gradients only.
+merged as those of ranks are (``output_layer.merge``). Without gradients only.
 
 Legend: N tokens, V vocabulary (of this rank), H hidden size, S splits of the vocabulary, K rows of the statistics.
 """

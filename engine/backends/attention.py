@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from kernels.dispatch import INTERPRETED
+from kernels.dispatch import INTERPRETED, serves
 from kernels.packed_attention import packed_attention, with_prompts
 from kernels.reference import packed_attention_sdpa
 
@@ -51,7 +51,7 @@ def _present(device: torch.device, dtype: torch.dtype) -> set[str]:
     """Return what can run there."""
     if device.type != "cuda":
         return {"sdpa", "triton"} if INTERPRETED else {"sdpa"}
-    present = {"sdpa", "triton"}
+    present = {"sdpa", "triton"} if serves(device) else {"sdpa"}
     if dtype == torch.bfloat16:
         packages = {"flash_attention": _flash_package(device), "varlen": "torch.nn.attention.varlen"}
         present |= {name for name, package in packages.items() if importlib.util.find_spec(package) is not None}
@@ -68,7 +68,7 @@ def _resolve(choice: str, present: Collection[str], *, deterministic: bool) -> s
         order = ("triton", "sdpa") if deterministic else ("flash_attention", "varlen", "triton", "sdpa")
         return next(name for name in order if name in present)
     if choice not in present:
-        needs = "CUDA" if choice == "triton" else "CUDA, bfloat16 and its package"
+        needs = "CUDA and a Triton that works there" if choice == "triton" else "CUDA, bfloat16 and its package"
         raise UserError(f"model.attention={choice}: not available here (it needs {needs}); set model.attention=auto.")
     return choice
 

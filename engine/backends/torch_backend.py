@@ -30,8 +30,8 @@ T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WORKSPACE_MB = {"cpu": 64, "cuda": 512}
-"""Logits that exist at once, of the compute type: on CPUs few enough to stay near the caches, and rows enough for each pass over
-the gradient of a large output matrix."""
+"""MiB of logits that exist at once, of the compute type: on CPUs few enough to stay near the caches, and rows enough for each
+pass over the gradient of a large output matrix."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Largest difference in a log-probability that rounding explains; what a wrong mask or scale does is far above."""
 

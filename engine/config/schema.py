@@ -44,7 +44,7 @@ class RunSection(Section):
     resume: str = Field(min_length=1)
     """auto: continue run.dir if it has checkpoints; never: refuse if it has; else a run or checkpoint folder to continue."""
     deterministic: bool
-    """Bit-for-bit repeatable kernels, where the device has them."""
+    """Bit-for-bit repeatable operations; one that has no such form ends the run (docs/kernels.md)."""
     probe: bool
     """Check on this very model, before step 1, that packing and the fused loss equal the model's own logits."""
     callbacks: list[str]
@@ -114,7 +114,7 @@ class PackingSection(Section):
     max_tokens: Count | None
     """Most tokens in a packed micro-batch; null: the larger of 4096 and data.max_length (twice that for pairs)."""
     share_prompts: bool
-    """Let a prompt that both answers of a pair have go through the model once."""
+    """Let a prompt that both answers of a pair have go through the model once; of no effect without packing."""
 
 
 class SourceSection(Section):
@@ -154,7 +154,7 @@ class DataSection(Section):
     """Where conversations come from and which of their tokens are trained (docs/data.md)."""
 
     train_path: str | None = Field(min_length=1)
-    """File, folder or hub id of the training conversations."""
+    """File, folder or hub id of the training conversations, or of pairs (algorithm=dpo)."""
     val_path: str | None
     """File, folder or hub id of the validation conversations; null: no validation."""
     train_split: str
@@ -214,16 +214,16 @@ class DataSection(Section):
     cache: Literal["use", "rebuild", "off"]
     """Tokenised samples and log-probabilities of references: reuse them, make them anew, or keep them in the run folder alone."""
     cache_dir: str | None
-    """Folder of tokenised data, shared by runs; null: $ANNEAL_CACHE or ~/.cache/anneal."""
+    """Folder of tokenised data and references' log-probabilities, shared by runs; null: $ANNEAL_CACHE or ~/.cache/anneal."""
     num_workers: Count | None
     """Processes that tokenise; null: one a core, at most 8."""
 
 
 class AlgorithmSection(Section):
-    """How long to train and when to validate."""
+    """What is minimised, how long to train and when to validate."""
 
     name: Literal["sft", "dpo"]
-    """Objective: sft (docs/data.md), dpo (docs/objectives.md)."""
+    """Objective: sft or dpo (docs/objectives.md)."""
     max_num_steps: NonNegative | None
     """Optimizer steps; with max_num_epochs, whichever comes first."""
     max_num_epochs: Positive | None
@@ -269,9 +269,9 @@ class TrainSection(Section):
     """The size of a step."""
 
     global_batch_size: Count
-    """Conversations in an optimizer step."""
+    """Conversations in an optimizer step; pairs in dpo."""
     micro_batch_size: Count
-    """Conversations in a padded micro-batch (data.packing.enabled=false)."""
+    """Conversations in a padded micro-batch (data.packing.enabled=false); pairs in dpo, which are two rows each."""
     max_grad_norm: Positive
     """Gradients are clipped to this global L2 norm."""
 

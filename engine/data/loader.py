@@ -27,7 +27,7 @@ class Loader:
         data: Tokenised samples.
         plan: Which conversations make a step.
         capacity: Most tokens in a packed micro-batch; None for padded ones.
-        micro_batch_size: Samples in a padded micro-batch.
+        micro_batch_size: Conversations in a padded micro-batch; a pair is two rows.
         rank: Data-parallel rank whose micro-batches these are.
         ranks: Data-parallel ranks.
         attention_length: Tokens at which a document's attention costs as much as all the rest, about 12 times the model's
@@ -141,7 +141,7 @@ def train_loader(
         data: Tokenised samples.
         section: The recipe's data.
         batch_size: Conversations in a step, over all ranks.
-        micro_batch_size: Samples in a padded micro-batch.
+        micro_batch_size: Conversations in a padded micro-batch; a pair is two rows.
         seed: Of the order.
         place: Whose micro-batches.
 

@@ -168,6 +168,9 @@ def pack(lengths: Lengths, capacity: int) -> list[list[int]]:
 
     Returns:
         Indices into ``lengths`` for each micro-batch.
+
+    Raises:
+        ValueError: If a sample is longer than that.
     """
     if len(lengths) and max(lengths) > capacity:
         raise ValueError(f"a sample of {max(lengths)} tokens fits no micro-batch of {capacity}")

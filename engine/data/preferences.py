@@ -20,7 +20,12 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def preference(row: Mapping[str, Any], source: SourceSection) -> Pair:
-    """Read ``{"context": …, "completions": [{"rank": …, "completion": …}, …]}``: the lower rank of two wins."""
+    """Read ``{"context": …, "completions": [{"rank": …, "completion": …}, …]}``: the lower rank of two wins.
+
+    Raises:
+        RowError: If the row is not of this form, or both ranks are the same and ``data.ties=error``.
+        Dropped: If they are the same otherwise, or a completion is empty.
+    """
     completions = row.get("completions")
     if not isinstance(completions, list):
         raise RowError(f"no list 'completions' (the columns are {columns(row)})")
@@ -41,7 +46,12 @@ def preference(row: Mapping[str, Any], source: SourceSection) -> Pair:
 
 
 def binary_preference(row: Mapping[str, Any], source: SourceSection) -> Pair:
-    """Read a prompt, a chosen and a rejected answer; or two whole conversations, as messages or as Anthropic's transcripts."""
+    """Read a prompt, a chosen and a rejected answer; or two whole conversations, as messages or as Anthropic's transcripts.
+
+    Raises:
+        RowError: If the row is not of this form.
+        Dropped: If an answer is empty.
+    """
     key = source.input_key or PROMPT
     prompt = _prompt(row, key) if row.get(key) else None
     sides = []
@@ -54,7 +64,12 @@ def binary_preference(row: Mapping[str, Any], source: SourceSection) -> Pair:
 
 
 def sharegpt(row: Mapping[str, Any], source: SourceSection) -> Pair:
-    """Read ``{"conversations": […], "chosen": {"from": …, "value": …}, "rejected": …}``."""
+    """Read ``{"conversations": […], "chosen": {"from": …, "value": …}, "rejected": …}``.
+
+    Raises:
+        RowError: If the row is not of this form.
+        Dropped: If an answer is empty.
+    """
     key = source.chat_key or CONVERSATIONS
     prompt = _value(listed(row, key), key)
     names = source.chosen_key, source.rejected_key
@@ -62,7 +77,12 @@ def sharegpt(row: Mapping[str, Any], source: SourceSection) -> Pair:
 
 
 def helpsteer3(row: Mapping[str, Any], source: SourceSection) -> Pair:
-    """Read ``{"context": […], "response1": …, "response2": …, "overall_preference": -3 … 3}``; below 0 the first is better."""
+    """Read ``{"context": […], "response1": …, "response2": …, "overall_preference": -3 … 3}``; below 0 the first is better.
+
+    Raises:
+        RowError: If the row is not of this form, or neither is better and ``data.ties=error``.
+        Dropped: If neither is better otherwise, or an answer is empty.
+    """
     better = row.get("overall_preference")
     if type(better) is not int or not -3 <= better <= 3:
         raise RowError(f"field 'overall_preference' must be a whole number from -3 to 3, got {better!r:.80}")

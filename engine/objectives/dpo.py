@@ -62,12 +62,15 @@ class DPO:
         """Return the sum of the loss over the pairs.
 
         Args:
-            logprobs_N: Log-probabilities of the targets, float32.
+            logprobs_N: Log-probabilities of the targets, float32 [N].
             targets: Whole pairs, with the reference's log-probabilities where ``needs_reference``: Σ_t w_t log π_ref(y_t).
 
         Returns:
             A scalar, and the sums over the pairs of: preference_loss and sft_loss, before their weights; accuracy (1 where
             r_chosen > r_rejected); rewards_chosen_mean, rewards_rejected_mean; margin, their difference.
+
+        Raises:
+            UserError: If a loss of the user's own returns another shape than [P].
         """
         weighted_N = logprobs_N if targets.weights_N is None else logprobs_N * targets.weights_N
         logprobs_S = sums_by_group(weighted_N, targets.bounds)

@@ -45,7 +45,7 @@ class Store:
         self._salt = np.uint64(int.from_bytes(hashlib.sha256(folder.name.encode()).digest()[:8], "little"))
 
     def read(self, documents: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the sums of some documents; NaN where there is none, or a damaged one.
+        """Return the sums of some documents [D], float32 [D]; NaN where there is none, or a damaged one.
 
         Raises:
             UserError: If the file is there and cannot be read.
@@ -82,7 +82,7 @@ class Store:
                 pass
 
     def write(self, documents: NDArray[np.int64], sums: NDArray[np.float32]) -> None:
-        """Keep the sums of some documents, in ascending order, where a process that is killed leaves them."""
+        """Keep the sums [D] of some documents [D], in ascending order, where a process that is killed leaves them."""
         records = np.rec.fromarrays([sums, self._check(documents, sums)], dtype=RECORD)
         edges = [0, *(np.flatnonzero(np.diff(documents) != 1) + 1).tolist(), len(documents)]
         with _in_a_sentence(self.file, "written"), self._opened() as descriptor:
