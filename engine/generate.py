@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.config.checks import looks_local
+from engine.config.model_folder import not_a_model
 from engine.errors import EXIT_DONE, UserError, command
 
 
@@ -20,10 +22,14 @@ def load(path: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    whole = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if not whole and (path.startswith(("/", ".")) or path.count("/") != 1):
-        beside = (Path(path) / "hf", Path(path) / "adapter", Path(path).parent / "adapter")
-        hint = next((f"; {folder} does" for folder in beside if folder.is_dir()), "")
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        other = not_a_model(folder)
+        if other is not None:
+            raise UserError(f"--model {path}: {other}.")
+    elif not (folder / "adapter_config.json").is_file() and looks_local(path):
+        beside = (folder / "hf", folder / "adapter", folder.parent / "adapter")
+        hint = next((f"; {f} does" for f in beside if f.is_dir()), "")
         raise UserError(f"--model {path}: holds no config.json{hint}.")
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
@@ -39,6 +45,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", help="one question; without it, questions are read line by line")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     options = parser.parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: give 1 or more.")
     lm, tokenizer = load(options.model)
 
     from engine.backends.hf_model import answer

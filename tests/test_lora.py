@@ -461,7 +461,7 @@ def test_adapters_alone_on_weights_that_no_file_holds_are_refused(words: Any, tm
     ("modules", "sentence"),
     [
         ("[qproj]", f"has no module qproj; did you mean q_proj? It has {', '.join(ALL_LINEAR)}."),
-        ("[Wqkv]", f"has no module Wqkv; It has {', '.join(ALL_LINEAR)}."),
+        ("[Wqkv]", f"has no module Wqkv; it has {', '.join(ALL_LINEAR)}."),
         (
             "[q_proj,lm_head]",
             "lm_head is the output layer, of which the fused loss reads the matrix alone; take it out.",

@@ -509,7 +509,7 @@ def test_the_cache_command_knows_references(
     content[begun] ^= 1
     (folder / "sums.bin").write_bytes(content)
     code, out = words_of(capsys, "verify", "--cache-dir", root)
-    assert code == 1 and f"{folder} (" in out and "1 damaged" in out
+    assert code == 1 and f"{folder} (" in out and ": 1 record is damaged" in out and "1 damaged" in out
     then = time.time() - 3 * 86_400
     os.utime(folder / "meta.json", (then, then))
     code, out = words_of(capsys, "prune", "--cache-dir", root, "--older-than", 2)

@@ -164,6 +164,37 @@ def test_generate_answers(finished: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["--model", str(finished / "hf"), "--prompt", "hello", "--max-new-tokens", "4"]) == 0
     assert main(["--model", str(finished)]) == 2
     assert f"{finished}/hf does" in capsys.readouterr().err
+    assert main(["--model", str(finished / "hf"), "--prompt", "hello", "--max-new-tokens", "0"]) == 2
+    assert "--max-new-tokens 0: give 1 or more." in capsys.readouterr().err
+
+
+def test_folders_of_a_run_that_hold_no_model_are_told_apart(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engine.config.compose import compose
+    from engine.generate import main
+
+    checkpoint = finished / "checkpoints" / "step_00000005"
+    made = (
+        f"a checkpoint, no model folder; python -m engine.export --checkpoint {checkpoint} --out DIR makes one of it."
+    )
+    for folder, sentence in (
+        (checkpoint, made),
+        (finished, f"a run folder; give that of its model, {finished / 'hf'}."),
+    ):
+        for words, key in (
+            (["model.path="], "model.path"),
+            (["algorithm=dpo", "model=tiny", "algorithm.reference="], "algorithm.reference"),
+        ):
+            with pytest.raises(UserError) as refused:
+                compose(["data=task_pairs", f"run.dir={tmp_path}", *words[:-1], f"{words[-1]}{folder}"])
+            assert f"{key}={folder}: {sentence}" in str(refused.value)
+    assert main(["--model", str(checkpoint), "--prompt", "hello"]) == 2
+    assert f"--model {checkpoint}: {made}" in capsys.readouterr().err
+    (tmp_path / "runs").symlink_to(finished.parent)
+    monkeypatch.chdir(tmp_path)  # a path that could be a hub id, and is a folder here
+    assert main(["--model", f"runs/{finished.name}", "--prompt", "hello"]) == 2
+    assert "hf does." in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "alpaca_en_demo.json").is_file(), reason="the demo data is not here")

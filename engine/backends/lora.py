@@ -76,8 +76,8 @@ def _problem(wanted: str, found: Sequence[nn.Module], lm: Any, offered: Sequence
 
     if not found:
         near = difflib.get_close_matches(wanted, offered, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{type(lm).__name__} has no module {wanted}; {hint}It has {', '.join(offered)}"
+        hint = f"did you mean {near[0]}? It" if near else "it"
+        return f"{type(lm).__name__} has no module {wanted}; {hint} has {', '.join(offered)}"
     for module in found:
         if module is lm.get_output_embeddings():
             return f"{wanted} is the output layer, of which the fused loss reads the matrix alone; take it out"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import sources
-from engine.config.model_folder import check_reference, read_config
+from engine.config.model_folder import check_reference, not_a_model, read_config
 from engine.config.names import PREFERENCE_LOSSES, stop
 from engine.config.schema import (
     AlgorithmSection,
@@ -277,11 +277,9 @@ def _check_model(model: ModelSection) -> list[str]:
         return problems
     if model.revision is not None:
         problems.append(f"model.revision={model.revision}: {path} is a folder, which has no revisions; set it to null.")
-    if not os.path.isfile(folder / "config.json") and (adapter := adapter_beside(folder)) is not None:
-        return [
-            f"model.path={path}: {adapter} holds LoRA adapters and no model; give the folder of the model with them merged, which "
-            "model.lora.merge=true or python -m engine.export --checkpoint RUN_DIR --out DIR writes."
-        ]
+    other = not_a_model(folder)
+    if other is not None and (model.init == "pretrained" or not os.path.isfile(folder / "config.json")):
+        return [f"model.path={path}: {other}."]
     if not os.path.isdir(folder):
         choices = ", ".join(f"{BUILTIN}{d.name}" for d in sorted(ASSETS.iterdir()) if d.is_dir())
         if path.startswith(BUILTIN):
@@ -307,12 +305,6 @@ def _check_model(model: ModelSection) -> list[str]:
             f"model.path={path}: a model of several modalities; give the folder of a text-only causal model."
         )
     return problems
-
-
-def adapter_beside(folder: Path) -> Path | None:
-    """Return the folder of LoRA's adapters that a path without a model is, or stands beside in a run folder; None if none is."""
-    found = [folder, *([folder.parent / "adapter"] if folder.name == "hf" else [])]
-    return next((f for f in found if os.path.isfile(f / "adapter_config.json")), None)
 
 
 def _check_lora(model: ModelSection) -> list[str]:
@@ -406,6 +398,9 @@ def _check_reference(algorithm: AlgorithmSection) -> list[str]:
     folder = None if path in ("initial", "none") else local_model_folder(path)
     if folder is None:
         return []
+    other = not_a_model(folder)
+    if other is not None:
+        return [f"algorithm.reference={path}: {other}."]
     if os.path.isfile(folder / "config.json"):
         if any(folder.glob("*.safetensors")):
             return []

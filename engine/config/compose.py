@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_DPO = "recipe=quickstart_dpo"
+OWN_DATA = {"data.train_path", "data.train"}
+"""Keys that name data of one's own: where no choice of data is made, nothing is then taken from the default one."""
 
 
 def resource(name: str) -> Path:
@@ -91,7 +93,8 @@ def compose(overrides: list[str]) -> Composed:
     """
     choices, values, problems = _split(parse(overrides))
     misspelt = {p.split("=", 1)[0] for p in problems}
-    cfg = compose_groups({g: c for g, c in choices.items() if g not in misspelt})
+    own_data = bool(OWN_DATA & {o.key_or_group for o in values})
+    cfg = compose_groups({g: c for g, c in choices.items() if g not in misspelt}, own_data=own_data)
     for override in values:
         key = override.key_or_group
         try:
@@ -189,8 +192,13 @@ def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override], list
     return choices, values, problems
 
 
-def compose_groups(choices: dict[str, str]) -> DictConfig:
-    """Compose the defaults list with the chosen groups; groups chosen by the user win over the recipe's own keys."""
+def compose_groups(choices: dict[str, str], *, own_data: bool = False) -> DictConfig:
+    """Compose the defaults list with the chosen groups; groups chosen by the user win over the recipe's own keys.
+
+    Args:
+        choices: Choice of each group.
+        own_data: Whether the command line names data of its own.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -223,7 +231,11 @@ def compose_groups(choices: dict[str, str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3", job_name="engine"):
-            cfg = hydra_compose("config", overrides=words)
+            cfg = hydra_compose("config", overrides=words, return_hydra_config=True)
+            if "data" not in choices and _leaves_default_data(cfg, own_data):
+                cfg = hydra_compose("config", overrides=[*words, "~data"])
+            OmegaConf.set_struct(cfg, False)
+            cfg.pop("hydra", None)
             if recipe is not None:
                 for group, choice in choices.items():
                     if group != "recipe":
@@ -231,8 +243,21 @@ def compose_groups(choices: dict[str, str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         where = f"recipe={recipe}" if recipe else " ".join(words) or "conf"
         raise UserError(f"{where}: cannot be composed ({_first_line(error)}).") from error
-    OmegaConf.set_struct(cfg, False)
     return cfg
+
+
+def _leaves_default_data(cfg: DictConfig, own_data: bool) -> bool:
+    """Tell whether a recipe, or the command line, has data of its own over the default choice of data."""
+    from hydra import compose as hydra_compose
+
+    choice = str(cfg.hydra.runtime.choices.data)
+    if not choice.startswith("default_"):
+        return False
+    whole: tuple[Any, Any] = OmegaConf.to_container(cfg), OmegaConf.to_container(hydra_compose(f"data/{choice}"))
+    here, default = (node["data"] for node in whole)
+    if not isinstance(here, dict):  # it is refused later
+        return False
+    return own_data or bool(here.get("train")) or here.get("train_path") != default["train_path"]
 
 
 def _merge_group(cfg: DictConfig, group: str, choice: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,24 @@ from typing import Any
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the fields of a folder's config.json, or None if there is none that can be read."""
     return _read(folder / "config.json")
+
+
+def not_a_model(folder: Path) -> str | None:
+    """Return what a folder that a run has written is where a model's is wanted, and the remedy; None: no such folder."""
+    if all(os.path.isfile(folder / name) for name in ("manifest.json", "state.json")):
+        return f"a checkpoint, no model folder; python -m engine.export --checkpoint {folder} --out DIR makes one of it"
+    if os.path.isfile(folder / "config.json"):
+        return None
+    if os.path.isfile(folder / "hf" / "config.json"):
+        return f"a run folder; give that of its model, {folder / 'hf'}"
+    beside = (folder, folder / "adapter", *((folder.parent / "adapter",) if folder.name == "hf" else ()))
+    adapter = next((f for f in beside if os.path.isfile(f / "adapter_config.json")), None)
+    if adapter is None:
+        return None
+    return (
+        f"{adapter} holds LoRA adapters and no model; give the folder of the model with them merged, which "
+        "model.lora.merge=true or python -m engine.export --checkpoint RUN_DIR --out DIR writes"
+    )
 
 
 def check_reference(

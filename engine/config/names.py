@@ -142,9 +142,10 @@ def suggestion(key: str, known: Iterable[str]) -> str:
         return f"here it is {FOREIGN_NAMES[leaf]}"
     if same_leaf:
         return f"did you mean {' or '.join(same_leaf[:3])}?"
-    for part in reversed(key.split(".")[:-1]):
-        if part in FOREIGN_NAMES:
-            return f"here it is {FOREIGN_NAMES[part]}"
+    parts = key.split(".")
+    for i in reversed(range(len(parts) - 1)):
+        if parts[i] in FOREIGN_NAMES and ".".join(parts[: i + 1]) not in known:  # model.lora is ours too
+            return f"here it is {FOREIGN_NAMES[parts[i]]}"
     near = difflib.get_close_matches(key, known, 1, 0.75)
     if not near:
         leaves: dict[str, str] = {}

@@ -211,7 +211,9 @@ def writable(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+        nowhere = error.errno == errno.ENOENT and root.is_relative_to(error.filename or "")  # below /proc, say
+        if not refused and not nowhere:
             raise
         raise UserError(
             f"data.cache_dir={root}: {error.filename or root} is no folder that can be written to; choose another folder."

@@ -56,9 +56,9 @@ def binary_preference(row: Mapping[str, Any], source: SourceSection) -> Pair:
     prompt = _prompt(row, key) if row.get(key) else None
     sides = []
     for name in (source.chosen_key, source.rejected_key):
-        value = _value(row.get(name), name)
+        value = _column(row, name)
         if prompt is None and isinstance(value, str):
-            value = _transcript(value, name)
+            value = _transcript(value, name, empty=key if key in row else None)
         sides.append(_joined(prompt, key, value, name))
     return Pair(*sides)
 
@@ -73,7 +73,7 @@ def sharegpt(row: Mapping[str, Any], source: SourceSection) -> Pair:
     key = source.chat_key or CONVERSATIONS
     prompt = _value(listed(row, key), key)
     names = source.chosen_key, source.rejected_key
-    return Pair(*(_joined(prompt, key, _value(row.get(name), name), name) for name in names))
+    return Pair(*(_joined(prompt, key, _column(row, name), name) for name in names))
 
 
 def helpsteer3(row: Mapping[str, Any], source: SourceSection) -> Pair:
@@ -89,7 +89,7 @@ def helpsteer3(row: Mapping[str, Any], source: SourceSection) -> Pair:
     if better == 0:
         raise _tie(source, "overall_preference is 0")
     prompt = _prompt(row, "context")
-    one, two = (_joined(prompt, "context", _value(row.get(name), name), name) for name in HELPSTEER3[1:3])
+    one, two = (_joined(prompt, "context", _column(row, name), name) for name in HELPSTEER3[1:3])
     return Pair(one, two) if better < 0 else Pair(two, one)
 
 
@@ -151,6 +151,13 @@ def _tie(source: SourceSection, what: str) -> RowError | Dropped:
     return RowError(f"a tie, {what}; set data.ties=drop") if source.ties == "error" else Dropped("a tie")
 
 
+def _column(row: Mapping[str, Any], name: str) -> str | list[Any]:
+    """Return what a row has in a column: a text, or messages."""
+    if name not in row:
+        raise RowError(f"no column {name!r} (the columns are {columns(row)})")
+    return _value(row[name], name)
+
+
 def _value(value: Any, name: str) -> str | list[Any]:
     """Return a text, or messages."""
     if isinstance(value, dict):
@@ -163,7 +170,7 @@ def _value(value: Any, name: str) -> str | list[Any]:
 
 
 def _prompt(row: Mapping[str, Any], key: str) -> str | list[Any]:
-    prompt = _value(row.get(key), key)
+    prompt = _column(row, key)
     if not prompt:
         raise RowError(f"{key!r} is empty")
     return prompt
@@ -201,9 +208,17 @@ def _without_nulls(turn: Any) -> Any:
     return {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else turn
 
 
-def _transcript(text: str, name: str) -> list[dict[str, Any]]:
-    r"""Return the turns of a text such as ``"\n\nHuman: …\n\nAssistant: …"``, without the white space around them."""
+def _transcript(text: str, name: str, *, empty: str | None) -> list[dict[str, Any]]:
+    r"""Return the turns of a text such as ``"\n\nHuman: …\n\nAssistant: …"``, without the white space around them.
+
+    Args:
+        text: Of a row without a prompt.
+        name: Its column.
+        empty: Column of the prompt, if the row has it.
+    """
     before, *parts = _SPEAKER.split(text.lstrip("\n"))
+    if (before or not parts) and empty is not None:
+        raise RowError(f"{empty!r} is empty, and field {name!r} is no transcript that begins with '\\n\\nHuman:'")
     if before or not parts:
         raise RowError(
             f"field {name!r} is a text without a prompt; name the prompt's column by data.input_key, or begin the text with "

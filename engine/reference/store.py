@@ -156,8 +156,9 @@ class Entry(cache.Entry):
         try:
             _, damaged = Store(self.folder, self.summary.documents).count()
         except UserError as error:
-            return str(error)
-        return f"{damaged:,} records are damaged, and will be computed again" if damaged else None
+            return str(error).removesuffix(".")
+        are = "record is" if damaged == 1 else "records are"
+        return f"{damaged:,} {are} damaged, and will be computed again" if damaged else None
 
 
 def describe(model: str, data: str, tokens: int, documents: int, key: Mapping[str, Any]) -> dict[str, Any]:

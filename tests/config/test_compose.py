@@ -37,6 +37,7 @@ def problems(*overrides: str) -> list[str]:
         ("+optimizer.momentum=1", "there is no key optimizer.momentum"),
         ("++data.max_lenght=3", "did you mean data.max_length?"),
         ("lr=1", "did you mean optimizer.lr?"),
+        ("model.lora.rnak=4", "there is no key model.lora.rnak; did you mean model.lora.rank?"),
         ("learning_rate=1", "here it is optimizer.lr"),
         ("train.learning_rate=1", "here it is optimizer.lr"),
         ("per_device_train_batch_size=1", "here it is train.global_batch_size"),
@@ -133,6 +134,31 @@ def test_what_cannot_be_searched_is_answered(tmp_path: Path) -> None:
     said = "\n".join(found)
     assert f"data.train_path={closed}/x.jsonl: no such file or folder" in said
     assert f"model.path={closed}/model: no such folder" in said
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_data_of_ones_own_bring_nothing_of_the_default_set(algorithm: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    mine = f"{tmp_path}/mine.jsonl"
+    for words in ([f"data.train_path={mine}"], [f"data.train=[{{path: '{mine}'}}]"]):
+        data = compose(["model=tiny", f"algorithm={algorithm}", *words]).config.data
+        assert (data.reader, data.val_path, data.train_split, data.val_split) == (None, None, "train", "validation")
+    chosen = compose(["model=tiny", f"algorithm={algorithm}", "data=response", f"data.train_path={mine}"]).config.data
+    assert chosen.reader == "response"
+    assert compose(["model=tiny", "recipe=quickstart", f"data.train_path={mine}"]).config.data.reader == "messages"
+    recipe = tmp_path / "mine.yaml"
+    head = f"defaults: [override /algorithm: {algorithm}, override /model: tiny]"
+    recipe.write_text(f"{head}\ndata: {{train_path: {mine}}}\n")
+    data = compose([f"recipe={recipe}"]).config.data
+    assert (data.reader, data.val_path, data.train_split) == (None, None, "train")
+    assert compose([f"recipe={recipe}", "data=response"]).config.data.reader == "response"
+    for data_of_it, sentence in (
+        ("3", "is a group of keys, not a value"),
+        ("{train_path: '${oc.env:NO_SUCH_VARIABLE}'}", "data.train_path: cannot be resolved"),
+    ):
+        recipe.write_text(f"{head}\ndata: {data_of_it}\n")
+        with pytest.raises(UserError, match=sentence):
+            compose([f"recipe={recipe}"])
 
 
 def test_longest_sample_by_default_is_what_the_model_reads(tmp_path: Path) -> None:

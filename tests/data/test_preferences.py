@@ -343,7 +343,11 @@ def test_a_reader_of_ones_own() -> None:
     [
         (
             {"prompt": "Hi", "chosen": "Hello"},
-            "field 'rejected' must be a string or a list of messages, got None",
+            "no column 'rejected' (the columns are 'prompt', 'chosen')",
+        ),
+        (
+            {"prompt": "", "chosen": "Hello", "rejected": "Go"},
+            "'prompt' is empty, and field 'chosen' is no transcript that begins with '\\n\\nHuman:'",
         ),
         (
             {"chosen": chat("u:Hi", "a:Hello"), "rejected": chat("u:Ho", "a:Go")},

@@ -346,6 +346,15 @@ def test_a_cache_folder_that_is_a_file(tmp_path: Path) -> None:
         tokenised(config_of(file, cache))
 
 
+def test_a_cache_folder_where_none_can_be(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(GOOD))
+    config = config_of(file, Path("/proc/none"))
+    scratch = tmp_path / "scratch"
+    with pytest.raises(UserError, match=r"data\.cache_dir=/proc/none: /proc/none is no folder that can be written to"):
+        assemble(config, scratch, print)
+
+
 def test_bad_row_found_by_a_worker_process(tmp_path: Path, cache_dir: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines(*[GOOD] * 1300, turns(("user", "Hi")), *[GOOD] * 700))
