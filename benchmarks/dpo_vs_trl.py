@@ -204,7 +204,7 @@ def time_output_layer(args: argparse.Namespace) -> None:
     """Write the seconds that output layer and loss take, forward and backward, on a step's answers and on all its tokens."""
     import torch
 
-    from engine.backends.torch_backend import WORKSPACE_MB
+    from engine.backends.common import WORKSPACE_MB
     from kernels.linear_objective import linear_objective
 
     torch.set_num_threads(args.threads)

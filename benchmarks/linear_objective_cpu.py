@@ -36,7 +36,7 @@ def work(side: str, vocabulary: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from engine.backends.torch_backend import WORKSPACE_MB
+    from engine.backends.common import WORKSPACE_MB
     from kernels.linear_objective import linear_objective
 
     torch.manual_seed(0)

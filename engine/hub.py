@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine.config.checks import local_model_folder
+from engine.config.checks import local_fields, local_model_folder
+from engine.config.model_folder import read_config
 from engine.config.schema import ModelSection
 from engine.errors import UserError
 
@@ -82,9 +83,29 @@ def attention_length(section: ModelSection) -> float:
     A layer has about 12 H² parameters, so 24 H² operations a token forward; causal attention takes 2 L H a token of a document
     of L tokens (two products over L/2 keys on average). They are equal at L = 12 H.
     """
-    file = folder(section.path, section.revision, weights=False) / "config.json"
-    hidden = {**json.loads(file.read_text()), **section.config_overrides}.get("hidden_size")
+    hidden = fields(section).get("hidden_size")
     return 12.0 * hidden if isinstance(hidden, int) else math.inf
+
+
+def fields(section: ModelSection) -> dict[str, Any]:
+    """Return the fields of the model's config.json, ``model.config_overrides`` over them; downloads what is missing."""
+    file = folder(section.path, section.revision, weights=False) / "config.json"
+    return {**json.loads(file.read_text()), **section.config_overrides}
+
+
+def known_fields(section: ModelSection) -> dict[str, Any] | None:
+    """Return the same as far as it is on this machine, in a folder or in the hub's cache; None if it is not."""
+    if local_model_folder(section.path) is not None:
+        return local_fields(section)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(section.path, "config.json", revision=section.revision)
+    except HFValidationError:  # no hub id: ``folder`` says so
+        return None
+    found = read_config(Path(file).parent) if isinstance(file, str) else None
+    return None if found is None else {**found, **section.config_overrides}
 
 
 def tokenizer_folder(section: ModelSection) -> Path:

@@ -48,9 +48,15 @@ class Ranks:
         """Whether this rank writes what a run has once: folder, metrics, console."""
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums over ranks."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+    def sum(self, values: Sequence[float], copies: int = 1) -> list[float]:
+        """Return the sums over ranks.
+
+        Args:
+            values: Of this rank.
+            copies: How many ranks have the same values, which count once.
+        """
+        sums = self._reduce(values, dist.ReduceOp.SUM)
+        return sums if copies == 1 else [total / copies for total in sums]
 
     def max(self, values: Sequence[float]) -> list[float]:
         """Return the maxima over ranks."""

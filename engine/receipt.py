@@ -26,6 +26,7 @@ PACKAGES = (
     "peft",
     "triton",
     "liger-kernel",
+    "megatron-core",
 )
 
 

@@ -33,6 +33,13 @@ RESUMABLE = {
     "run.record_memory",
     "run.profile_steps",
     "backend.torch",
+    "backend.tensor_parallel",
+    "backend.sequence_parallel",
+    "backend.pipeline_parallel",
+    "backend.virtual_pipeline",
+    "backend.context_parallel",
+    "backend.expert_parallel",
+    "backend.overlap",
     "model.lora.merge",
 }
 """Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
@@ -135,6 +142,12 @@ class RunFolder:
         if not file.is_file():
             return
         differences = difference(yaml.safe_load(file.read_text()), yaml.safe_load(self.recipe))
+        backend = next((old for key, old, _ in differences if key == "backend.name"), None)
+        if backend is not None:
+            raise UserError(
+                f"{where}: was written by backend={backend}; resume with that, or start a new run from its hf/ folder "
+                f"(model.path={file.parent / 'hf'})."
+            )
         if differences:
             shown = "".join(f"\n  {key}: {old!r} → {new!r}" for key, old, new in differences)
             raise UserError(

@@ -201,7 +201,7 @@ class Trainer:
         self._call("on_step_begin")
         batches = self.train.step(state.step)
         loaded = time.perf_counter()
-        counts = Counts(*self.ranks.sum(Counts.of(batches, self.objective)))
+        counts = Counts(*self.ranks.sum(Counts.of(batches, self.objective), self.ranks.size // self.train.ranks))
         met = time.perf_counter()
         lr = learning_rate(state.step + 1, state.total_steps, self.config.optimizer.lr, self.config.scheduler)
         result = self.backend.train_step(batches, self.objective, counts.units, lr)

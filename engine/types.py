@@ -169,6 +169,10 @@ class Scorer(Protocol):
         """
         ...
 
+    def score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Return the same for each of several micro-batches, of which all ranks have equally many."""
+        ...
+
     def probe(self, samples: Sequence[Sample]) -> None:
         """Check on this model that packing and the fused loss equal its own logits.
 

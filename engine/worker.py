@@ -11,6 +11,8 @@ from typing import Any
 
 from engine import backends, checkpoint, hub, loggers, metrics, monitor, objectives, plugins
 from engine.checkpoint import Checkpoints, TrainState
+from engine.config import layout, megatron
+from engine.config.layout import Layout
 from engine.config.model_folder import check_reference, read_config
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import report
@@ -102,6 +104,7 @@ def _run(
     source, state = ranks.first(lambda: folder.resume_from(config))
     objective = ranks.together(lambda: objectives.build(config.algorithm))
     ranks.together(lambda: backends.check(config))
+    ranks.first(lambda: _check_layout(config, ranks))
     held = _own_reference(config, objective, folder, ranks)
     data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
@@ -156,6 +159,16 @@ def _run(
     ).run(stop)
 
 
+def _check_layout(config: RunConfig, ranks: Ranks) -> None:
+    """Hold the model against the backend and its layout: what a hub id stands for is known only now."""
+    fields, model = hub.fields(config.model), config.model
+    problems = layout.check_model(Layout.of(config.backend, ranks.size), fields)
+    if config.backend.name == "megatron":
+        problems += megatron.check_fields(model.path, fields)
+    if problems:
+        raise UserError(*problems)
+
+
 def _loggers(config: RunConfig, folder: RunFolder, console: metrics.Console, step: int) -> list[metrics.Logger]:
     """Return where the figures go, the console excepted."""
     jsonl = metrics.JsonLines(folder.path / "metrics.jsonl")
@@ -194,15 +207,16 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> t
             raise UserError(
                 f"algorithm={algorithm.name}: {name} has no pairs (format {samples.summary.format}); choose other data."
             )
-    attention_length = hub.attention_length(config.model)
+    attention_length, split = hub.attention_length(config.model), Layout.of(config.backend, ranks.size)
+    data_rank = split.data_rank(ranks.rank)
     train = train_loader(
         data.train,
         config.data,
         batch_size=sizes.global_batch_size,
         micro_batch_size=sizes.micro_batch_size,
         seed=config.run.seed,
-        rank=ranks.rank,
-        ranks=ranks.size,
+        rank=data_rank,
+        ranks=split.data,
         attention_length=attention_length,
         together=together,
     )
@@ -212,8 +226,8 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> t
             config.data,
             batch_size=algorithm.val_global_batch_size or sizes.global_batch_size,
             micro_batch_size=algorithm.val_micro_batch_size or sizes.micro_batch_size,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=data_rank,
+            ranks=split.data,
             attention_length=attention_length,
             together=together,
         )
@@ -351,6 +365,8 @@ def remedy(config: RunConfig) -> str:
         return f"set train.micro_batch_size={config.train.micro_batch_size // 2}"
     if config.model.recompute == "none":
         return "set model.recompute=full"
+    if config.backend.name == "megatron":
+        return "raise backend.tensor_parallel, or backend.pipeline_parallel where that fills a machine"
     fewer = (
         "train a smaller model"
         if config.model.lora.enabled

@@ -38,7 +38,13 @@ class Options(TypedDict, total=False):
 
 
 def packed_attention(
-    q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Sequence[int], **options: Unpack[Options]
+    q_TAD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    edges_k: Sequence[int] | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Attend within each document: by Triton's kernels where they serve and nothing is dropped, else by the eager twin.
 
@@ -47,6 +53,8 @@ def packed_attention(
         k_TKD: Keys of the same type, [T, K, D]; A is a multiple of K.
         v_TKD: Values, [T, K, D].
         cu_seqlens: Document d owns the tokens cu_seqlens[d]:cu_seqlens[d + 1]; on the host, so that nothing waits for the device.
+        edges_k: The same of keys and values where they are more than the queries, which are the last of their document's tokens (a
+            part of a row whose keys come from other ranks too); without ``shared``, and by the eager twin. None: ``cu_seqlens``.
         options: See ``Options``.
 
     Returns:
@@ -55,6 +63,8 @@ def packed_attention(
     Raises:
         ValueError: If shapes, types and documents do not fit each other.
     """
+    if edges_k is not None:
+        return packed_attention_sdpa(q_TAD, k_TKD, v_TKD, cu_seqlens, edges_k=edges_k, **options)
     _check(q_TAD, k_TKD, v_TKD)
     _check_options(q_TAD.shape[0], cu_seqlens, options)
     if _by_triton(q_TAD, options):

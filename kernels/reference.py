@@ -149,12 +149,15 @@ def packed_attention_sdpa(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    edges_k: Sequence[int] | None = None,
 ) -> Tensor:
     """Attend within each document by torch's scaled_dot_product_attention, one call for neighbours of one length.
 
     With a softcap, which that function does not know, by ``packed_attention_lse``. Arguments and what is returned:
     ``packed_attention.packed_attention``.
     """
+    if edges_k is not None:
+        return _attend_last(q_TAD, k_TKD, v_TKD, cu_seqlens, edges_k, scale=scale, window=window, dropout=dropout)
     if softcap is not None:
         return packed_attention_lse(
             q_TAD, k_TKD, v_TKD, cu_seqlens, shared=shared, scale=scale, window=window, softcap=softcap, dropout=dropout
@@ -185,6 +188,37 @@ def packed_attention_sdpa(
             enable_gqa=q_TAD.shape[1] != k_TKD.shape[1],
         )
         outputs.append(out.transpose(1, 2).reshape(n * length, *q.shape[1:]))
+    return torch.cat(outputs or [q_TAD])
+
+
+def _attend_last(
+    q_TAD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    edges_q: Sequence[int],
+    edges_k: Sequence[int],
+    *,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Attend where the queries of a document are the last of its keys, which are as many or more, one call a document."""
+    sizes = [[b - a for a, b in zip(edges, edges[1:], strict=False)] for edges in (edges_q, edges_k)]
+    parts = torch.split(q_TAD, sizes[0]), torch.split(k_TKD, sizes[1]), torch.split(v_TKD, sizes[1])
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        whole = len(q) == len(k) and (window is None or window >= len(k))
+        out_ALD = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=None if whole else _mask(len(q), len(k), window, q.device),
+            is_causal=whole,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )[0]
+        outputs.append(out_ALD.transpose(0, 1))
     return torch.cat(outputs or [q_TAD])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config.schema import RunConfig
 from engine.types import Backend, Sample, Scorer
@@ -30,9 +30,22 @@ def check(config: RunConfig) -> None:
 
 def build(config: RunConfig, ranks: Ranks) -> Backend:
     """Return the backend that ``backend.name`` chooses, its model spread over the ranks."""
+    built: Backend = _kind(config)(config, ranks)
+    return built
+
+
+def _kind(config: RunConfig) -> Any:
+    """Return the class that ``backend.name`` chooses."""
+    if config.backend.name == "megatron":
+        from engine.backends.megatron import shim
+
+        shim.install()  # before its own modules are imported
+        from engine.backends.megatron.backend import MegatronBackend
+
+        return MegatronBackend
     from engine.backends.torch_backend import TorchBackend
 
-    return TorchBackend(config, ranks)
+    return TorchBackend
 
 
 @contextmanager
@@ -44,13 +57,11 @@ def scorer(config: RunConfig, ranks: Ranks, probed: Sequence[Sample] = ()) -> It
         ranks: Its model is spread over them.
         probed: Documents that it has to prove itself on.
     """
-    from engine.backends.torch_backend import TorchBackend
-
     built: list[Scorer] = []
 
     def model() -> Scorer:
         if not built:
-            built.append(TorchBackend(config, ranks, train=False))
+            built.append(_kind(config)(config, ranks, train=False))
             if probed:
                 built[0].probe(probed)
         return built[0]

@@ -42,9 +42,17 @@ def register(choice: str, device: torch.device, dtype: torch.dtype, *, determini
     """
     from transformers import AttentionInterface
 
-    name = _resolve(choice, _present(device, dtype), deterministic=deterministic)
-    AttentionInterface.register(NAME, _interface(_complete(name, device, auto=choice == "auto")))
+    name, packed = choose(choice, device, dtype, deterministic=deterministic)
+    AttentionInterface.register(NAME, _interface(packed))
     return name
+
+
+def choose(
+    choice: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool
+) -> tuple[str, PackedAttention]:
+    """Return the chosen implementation's name, and what attends (``packed_attention``, all options given); see ``register``."""
+    name = _resolve(choice, _present(device, dtype), deterministic=deterministic)
+    return name, _complete(name, device, auto=choice == "auto")
 
 
 def _present(device: torch.device, dtype: torch.dtype) -> set[str]:
@@ -145,9 +153,9 @@ class _Varlen(NamedTuple):
     longest_k: int
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, cu_seqlens: Any, shared: Any) -> _Varlen:
+    def of(cls, k: Tensor, v: Tensor, cu_seqlens: Any, shared: Any, edges_k: Any) -> _Varlen:
         """Put shared prompts before the keys and values of their documents, and the edges on the device."""
-        edges = cu_seqlens
+        edges = edges_k or cu_seqlens
         if shared is not None:
             (k, edges), (v, _) = with_prompts(k, cu_seqlens, shared), with_prompts(v, cu_seqlens, shared)
 
@@ -160,19 +168,38 @@ class _Varlen(NamedTuple):
         return cls(k, v, on_device(cu_seqlens), on_device(edges), longest(cu_seqlens), longest(edges))
 
 
-def _flash2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, shared: Any, dropout: float, **options: Any) -> Tensor:
+def _flash2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Any,
+    *,
+    shared: Any,
+    dropout: float,
+    edges_k: Any = None,
+    **options: Any,
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    out: Tensor = flash_attn_varlen_func(
-        q, *_Varlen.of(k, v, cu_seqlens, shared), dropout_p=dropout, **_flash_options(**options)
-    )
+    documents = _Varlen.of(k, v, cu_seqlens, shared, edges_k)
+    out: Tensor = flash_attn_varlen_func(q, *documents, dropout_p=dropout, **_flash_options(**options))
     return out
 
 
-def _flash3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, *, shared: Any, dropout: float, **options: Any) -> Tensor:
+def _flash3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Any,
+    *,
+    shared: Any,
+    dropout: float,
+    edges_k: Any = None,
+    **options: Any,
+) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(q, *_Varlen.of(k, v, cu_seqlens, shared), **_flash_options(**options))
+    out = flash_attn_varlen_func(q, *_Varlen.of(k, v, cu_seqlens, shared, edges_k), **_flash_options(**options))
     first: Tensor = out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
     return first
 
@@ -197,6 +224,7 @@ def _varlen(
     shared: Any,
     scale: float | None,
     window: int | None,
+    edges_k: Any = None,
     **lacking: Any,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
@@ -207,6 +235,6 @@ def _varlen(
     elif groups > 1:
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     size = (-1, 0) if window is None else (window - 1, 0)
-    out = varlen_attn(q, *_Varlen.of(k, v, cu_seqlens, shared), scale=scale, window_size=size, **options)
+    out = varlen_attn(q, *_Varlen.of(k, v, cu_seqlens, shared, edges_k), scale=scale, window_size=size, **options)
     assert isinstance(out, Tensor)
     return out

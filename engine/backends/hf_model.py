@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine import hub
+from engine.backends import hf_names
 from engine.config import sources as data_sources
 from engine.config.schema import ModelSection, RunConfig
 from engine.data.template import template_text
@@ -106,7 +107,8 @@ def load(section: ModelSection, lm: Any) -> Any:
 def sources(section: ModelSection, lm: Any) -> Iterator[tuple[str, Any]]:
     """Return for each parameter and saved buffer what is sliced to read rows of it, without reading the others.
 
-    A folder whose files name the weights otherwise than the model does is loaded whole instead, as transformers converts it.
+    Experts that the files hold one by one are read so. A folder whose files name the weights otherwise than the model does in
+    another way is loaded whole instead, as transformers converts it.
 
     Args:
         section: The recipe's model.
@@ -124,15 +126,19 @@ def sources(section: ModelSection, lm: Any) -> Iterator[tuple[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.path={section.path}: the model cannot be loaded ({_one_line(error)}).") from error
     tied = lm.state_dict().keys() - shapes.keys()  # a file that holds these too is for ``load`` to judge
-    if (
-        not tied & files.keys()
-        and all(n in files for n in shapes)
-        and all(files[n].get_slice(n).get_shape() == shape for n, shape in shapes.items())
-    ):
-        yield from ((name, files[name].get_slice(name)) for name in shapes)
-    else:
-        whole = load(section, lm).state_dict()
-        yield from ((name, whole[name]) for name in shapes)
+    found = None if tied & files.keys() else _slices(lm, files, shapes)
+    if found is None:
+        found = load(section, lm).state_dict()
+    yield from ((name, found[name]) for name in shapes)
+
+
+def _slices(lm: Any, files: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any] | None:
+    """Return what is sliced of opened files, by name; None if they do not have every weight in its shape."""
+    found = {name: file.get_slice(name) for name, file in files.items()}
+    if not shapes.keys() <= found.keys():
+        found |= hf_names.fused(lm, found)
+    fits = all(name in found and found[name].get_shape() == shape for name, shape in shapes.items())
+    return found if fits else None
 
 
 def saved_buffers(lm: Any) -> dict[str, Tensor]:
@@ -291,6 +297,13 @@ def answer(lm: Any, tokenizer: Any, conversations: Sequence[list[dict[str, Any]]
         lm.train(was_training)
     answers: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def end_tokens(lm: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer."""
+    ends = lm.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 def _one_line(error: BaseException) -> str:

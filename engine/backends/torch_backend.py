@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine import flops
-from engine.backends import attention, hf_model, liger, lora, shards
+from engine.backends import attention, common, hf_model, liger, lora, shards
 from engine.backends.weights import Replicated, Sharded
 from engine.config.schema import OptimizerSection, RunConfig
 from engine.data.batch import collate_packed
@@ -28,12 +25,6 @@ from kernels import linear_objective, reference
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-WORKSPACE_MB = {"cpu": 64, "cuda": 512}
-"""MiB of logits that exist at once, of the compute type: on CPUs few enough to stay near the caches, and rows enough for each
-pass over the gradient of a large output matrix."""
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Largest difference in a log-probability that rounding explains; what a wrong mask or scale does is far above."""
 
 
 class Trainable(nn.Module):
@@ -63,17 +54,12 @@ class Trainable(nn.Module):
 
     def loss(self, batch: MicroBatch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum of a micro-batch and the sums to report."""
-        size, targets = objective.sequences_per_group, batch.targets
-
-        def chunk(logprobs_C: Tensor, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
-            part = targets.sequences(start * size, stop * size) if size else targets.tokens(start, stop)
-            return objective.loss(logprobs_C, part)
-
+        chunk, group_bounds = common.by_chunk(objective, batch.targets)
         return linear_objective.linear_objective(
             self.hidden(batch),
             labels_N=batch.labels_N,
             objective=chunk,
-            group_bounds=targets.bounds[::size] if size else None,
+            group_bounds=group_bounds,
             **self._output_layer(),
         )
 
@@ -115,9 +101,10 @@ class TorchBackend:
                 "backend.torch.cpu_offload: needs CUDA and weights sharded over several ranks; set it to false."
             )
         self.lm = hf_model.skeleton(config.model, attention=attention.NAME)
-        self._check_model()
+        common.check_model(self.lm, config)
         self.no_liger = liger.why_not(config.model.liger, self.device, self.lm.config)
         self.weights = self._sharded() if sharded else self._replicated()
+        self.measure = common.Utilization(self.lm, self.device, self.dtype, ranks.size)
         self.adapted = list(lora.layers(self.lm).values()) if config.model.lora.enabled else []
         if not train:
             return
@@ -146,7 +133,7 @@ class TorchBackend:
             share, found = self.root(self.root.loss, batch.to(self.device), objective)
             (share / global_units).backward()
             loss += share.detach()
-            _accumulate(sums, found)
+            common.accumulate(sums, found)
         loss, sums = self._over_ranks(loss, sums, global_units)
         self.weights.reduce()
         norm = self.weights.norm()
@@ -172,7 +159,7 @@ class TorchBackend:
             share, found = self.root(self.root.loss, batch.to(self.device), objective)
             loss += share
             units += objective.units(batch.targets)
-            _accumulate(sums, found)
+            common.accumulate(sums, found)
         self.weights.rest()
         units = self.ranks.sum([units])[0]
         loss, sums = self._over_ranks(loss, sums, units)
@@ -193,6 +180,10 @@ class TorchBackend:
             logprobs_N if weights_N is None else logprobs_N * weights_N, batch.targets.bounds
         )
 
+    def score(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Return ``sequence_logprobs`` of each."""
+        return [self.sequence_logprobs(batch) for batch in batches]
+
     @torch.no_grad()
     def probe(self, samples: Sequence[Sample]) -> None:
         """Hold packed, fused log-probabilities against the model's own logits, one document at a time.
@@ -203,7 +194,7 @@ class TorchBackend:
         Raises:
             UserError: If they differ by more than rounding.
         """
-        probed = _probed([s.input_ids[:128] for s in samples])
+        probed = common.probed_documents(samples)
         self.root.eval()
         ours_N = self.root(self.root.logprobs, collate_packed(probed).to(self.device))
         self.lm.set_attn_implementation("eager")
@@ -213,13 +204,8 @@ class TorchBackend:
         finally:
             self.lm.set_attn_implementation(attention.NAME)
             self.weights.rest()
-        gap = float((ours_N - own_N).abs().max())
-        if not gap <= PROBE_TOLERANCE[self.dtype]:
-            raise UserError(
-                f"model.path={self.config.model.path}: packed, fused log-probabilities differ from the model's own logits by up to "
-                f"{gap:.3g} ({type(self.lm).__name__} makes its logits or attends in its own way), so its loss would be wrong; "
-                + ("try model.liger=false." if self.liger is not None else "this model cannot be trained yet.")
-            )
+        hint = "try model.liger=false" if self.liger is not None else "this model cannot be trained yet"
+        common.check_gap(ours_N, own_N, self.dtype, self.lm, self.config.model.path, hint)
 
     def snapshot(self, *, copy: bool) -> Callable[[Path], Sequence[Path]]:
         """Return what writes model (float32), optimizer and random state as sharded safetensors, once, and names its files.
@@ -281,13 +267,10 @@ class TorchBackend:
     def utilization(
         self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float
     ) -> float | None:
-        """Return the model FLOPs utilisation of a step over all devices (``flops.train_flops``); None without a known peak."""
-        if self._peak is None:
-            return None
-        needed = self._flops(
-            num_tokens=int(tokens), num_trained_tokens=int(trained_tokens), squared_lengths=int(squared_lengths)
+        """Return the model FLOPs utilisation of a step over all devices; None without a known peak."""
+        return self.measure.share(
+            tokens=tokens, trained_tokens=trained_tokens, squared_lengths=squared_lengths, seconds=seconds
         )
-        return needed / (seconds * self.ranks.size * self._peak)
 
     @property
     def kernels(self) -> str | None:
@@ -329,30 +312,6 @@ class TorchBackend:
             answers: list[str] = self.root(self._answer, conversations, max_new_tokens)
         self.weights.rest()
         return answers
-
-    @cached_property
-    def _peak(self) -> float | None:
-        """Peak of this rank's device, FLOP/s; none for mixtures of experts, of which a token does not pass all."""
-        if any(getattr(self.lm.config, name, None) for name in EXPERTS):
-            return None
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return flops.peak_flops(name, str(self.dtype))
-
-    @cached_property
-    def _flops(self) -> Callable[..., float]:
-        config = self.lm.config
-        layers = nn.ModuleList(hf_model.layers(self.lm))
-        return partial(
-            flops.train_flops,
-            layer_params=sum(p.numel() for p in layers.parameters() if p.requires_grad),
-            frozen_layer_params=sum(p.numel() for p in layers.parameters() if not p.requires_grad),
-            frozen_output=not self.lm.get_output_embeddings().weight.requires_grad,
-            num_layers=len(layers),
-            num_heads=config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -404,7 +363,7 @@ class TorchBackend:
         if self.config.model.compile:  # attention, whose documents differ from step to step, stays outside
             for layer in hf_model.layers(lm):
                 layer.compile(dynamic=True)
-        return Trainable(lm, WORKSPACE_MB[self.device.type])
+        return Trainable(lm, common.WORKSPACE_MB[self.device.type])
 
     def _state(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint holds, by name, each with its place in the whole."""
@@ -443,19 +402,6 @@ class TorchBackend:
     def _answer(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         return hf_model.answer(self.lm, self.tokenizer, conversations, max_new_tokens=max_new_tokens)
 
-    def _check_model(self) -> None:
-        head = self.lm.get_output_embeddings()
-        path = self.config.model.path
-        if head is None:
-            raise UserError(
-                f"model.path={path}: {type(self.lm).__name__} has no output layer; choose a language model."
-            )
-        longest = getattr(self.lm.config, "max_position_embeddings", None)
-        if longest is not None and self.config.data.max_length > longest:
-            raise UserError(
-                f"data.max_length={self.config.data.max_length}: {path} reads at most {longest} tokens; lower it."
-            )
-
 
 def _adamw(parameters: dict[str, Tensor], section: OptimizerSection) -> torch.optim.AdamW:
     """Return AdamW that decays matrices alone, and whose step is one kernel."""
@@ -469,16 +415,3 @@ def _adamw(parameters: dict[str, Tensor], section: OptimizerSection) -> torch.op
     for p in parameters.values():  # from the start, so that a checkpoint before the first step is one like the others
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS}}
     return optimizer
-
-
-def _probed(documents: Sequence[NDArray[np.int32]]) -> list[Sample]:
-    """Return documents of which all is trained, the first one followed by one that shares its first half and goes on otherwise."""
-    samples = [Sample(d, np.array([[0, len(d)]], np.int32)) for d in documents]
-    first, half = documents[0], len(documents[0]) // 2
-    fork = np.concatenate([first[:half], first[half:][::-1]])
-    return [samples[0], Sample(fork, np.array([[half, len(fork)]], np.int32), shared=half), *samples[1:]]
-
-
-def _accumulate(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for name, value in found.items():
-        sums[name] = sums[name] + value if name in sums else value

@@ -105,7 +105,7 @@ class Sharded:
         layers: Its decoder layers, gathered one at a time.
         dtype: Compute type.
         section: Options of the recipe.
-        ranks: All of them take part; ``checks.layout`` has seen that they can be split so.
+        ranks: All of them take part; ``layout.problems`` has seen that they can be split so.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import sources
+from engine.config import layout, megatron, sources
 from engine.config.model_folder import check_reference, not_a_model, read_config
 from engine.config.names import PREFERENCE_LOSSES, stop
 from engine.config.schema import (
@@ -86,32 +86,32 @@ def check(sections: Mapping[str, Any]) -> list[str]:
     return [stop(p) for p in problems]
 
 
-def layout(train: TrainSection, data: DataSection, backend: BackendSection, ranks: int) -> list[str]:
-    """Return a sentence for every reason why a recipe cannot be split over so many ranks."""
-    problems = []
-    padded = 1 if data.packing.enabled else train.micro_batch_size
-    if train.global_batch_size % (padded * ranks) if padded > 1 else train.global_batch_size < ranks:
-        step = padded * ranks
-        near = sorted({max(step, train.global_batch_size // step * step), (train.global_batch_size // step + 1) * step})
-        problems.append(
-            f"train.global_batch_size={train.global_batch_size} cannot serve {ranks} ranks"
-            + (f" with train.micro_batch_size={padded}" if padded > 1 else "")
-            + f": set it to {' or '.join(map(str, near))}, or use fewer ranks."
-        )
-    size = backend.torch.shard_size
-    if size is not None and ranks % size:
-        problems.append(f"backend.torch.shard_size={size} does not divide the {ranks} ranks; choose a divisor.")
-    return problems
+def local_fields(model: ModelSection) -> dict[str, Any] | None:
+    """Return the fields of a local model's config.json, ``model.config_overrides`` over them; None if there is none to be read."""
+    folder = local_model_folder(model.path)
+    fields = read_config(folder) if folder is not None else None
+    return None if fields is None else {**fields, **model.config_overrides}
 
 
 def _check_layout(
-    cluster: ClusterSection, train: TrainSection, data: DataSection, backend: BackendSection
+    cluster: ClusterSection, model: ModelSection, train: TrainSection, data: DataSection, backend: BackendSection
 ) -> list[str]:
     """Look at the layout where the recipe alone says how many ranks there will be."""
-    if cluster.name not in ("ray_local", "ray"):
+    ranks = layout.named_ranks(cluster)
+    if ranks is None or (
+        cluster.name == "local" and backend.name == "torch"
+    ):  # which holds the model whole on its one rank
         return []
-    ranks = cluster.num_workers or (cluster.gpus_per_node or 0) * cluster.num_nodes
-    return layout(train, data, backend, ranks) if ranks else []
+    return layout.problems(backend, local_fields(model), train, data, ranks, layout.named_ranks_per_node(cluster))
+
+
+def _check_backend(backend: BackendSection, model: ModelSection) -> list[str]:
+    problems = megatron.check_keys(backend)
+    if backend.name != "megatron":
+        return problems
+    fields = local_fields(model)
+    problems += megatron.check_model(model) + megatron.check_installed()
+    return problems + (megatron.check_fields(model.path, fields) if fields is not None else [])
 
 
 def _check_cluster(cluster: ClusterSection) -> list[str]:
@@ -320,9 +320,7 @@ def _check_lora(model: ModelSection) -> list[str]:
 
 
 def _check_length(model: ModelSection, data: DataSection) -> list[str]:
-    folder = local_model_folder(model.path)
-    fields = (read_config(folder) if folder is not None else None) or {}
-    longest = {**fields, **model.config_overrides}.get("max_position_embeddings")
+    longest = (local_fields(model) or model.config_overrides).get("max_position_embeddings")
     if isinstance(longest, int) and data.max_length > longest:
         return [
             f"data.max_length={data.max_length}: the model in {model.path} reads at most {longest} tokens; set "
@@ -444,7 +442,8 @@ CHECKS: dict[Callable[..., list[str]], tuple[str, ...]] = {
     _check_run: ("run",),
     _check_logger: ("logger",),
     _check_cluster: ("cluster",),
-    _check_layout: ("cluster", "train", "data", "backend"),
+    _check_layout: ("cluster", "model", "train", "data", "backend"),
+    _check_backend: ("backend", "model"),
     _check_model: ("model",),
     _check_lora: ("model",),
     _check_length: ("model", "data"),

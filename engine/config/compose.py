@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from engine.config import checks, sources
+from engine.config import checks, megatron, sources
 from engine.config.names import stop, suggestion
 from engine.config.schema import RunConfig, Section
 from engine.errors import UserError
@@ -105,6 +105,7 @@ def compose(overrides: list[str]) -> Composed:
     for reason in dict.fromkeys(unresolved.values()):  # what depends on a key fails for its reason
         problems.append(f"{', '.join(k for k, r in unresolved.items() if r == reason)}: cannot be resolved ({reason}).")
     checks.set_max_length(container)
+    megatron.set_sequence_parallel(container)
     if isinstance(container.get("data"), dict):
         problems += sources.expand(container["data"], resource("conf"), {o.key_or_group for o in values} | set(choices))
     sections, found = _validate(container, choices, values)

@@ -320,9 +320,25 @@ class TorchSection(Section):
 class BackendSection(Section):
     """What computes the step."""
 
-    name: Literal["torch"]
-    """torch: a transformers model, sharded over the ranks."""
+    name: Literal["torch", "megatron"]
+    """torch: a transformers model, sharded over the ranks; megatron: the same model in megatron-core (docs/megatron.md)."""
     torch: TorchSection
+    tensor_parallel: Count | None
+    """megatron: ranks of one machine that split each layer's matrices."""
+    sequence_parallel: bool | None
+    """megatron: split by tokens what tensor parallelism leaves whole; null: true with tensor_parallel of 2 or more."""
+    pipeline_parallel: Count | None
+    """megatron: stages that the layers are split into."""
+    virtual_pipeline: Annotated[Integer, Field(ge=2)] | None
+    """megatron: chunks of layers a stage, for less waiting; null: one."""
+    context_parallel: Count | None
+    """megatron: ranks that split each sequence."""
+    expert_parallel: Count | None
+    """megatron: ranks, of those of a pipeline's stage, that split the experts."""
+    overlap: bool | None
+    """megatron: reduce gradients and gather weights while computing."""
+    transformer_config: dict[str, Any] | None
+    """megatron: fields of megatron-core's TransformerConfig to replace, checked against its own fields."""
 
 
 class ClusterSection(Section):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 
-from engine.config import checks
+from engine import hub
+from engine.config import layout
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 
@@ -24,7 +25,8 @@ class EnvExecutor:
         """
         place = rendezvous()
         rank, size, local_rank = (int(place[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        problems = checks.layout(config.train, config.data, config.backend, size)
+        fields, per_node = hub.known_fields(config.model), ranks_per_node(size)
+        problems = layout.problems(config.backend, fields, config.train, config.data, size, per_node)
         if problems:
             raise UserError(*problems if rank == 0 else ())
         import torch
@@ -52,6 +54,14 @@ class EnvExecutor:
         code = worker.main(config, recipe, ranks, StopRequest())
         dist.destroy_process_group()
         return code
+
+
+def ranks_per_node(size: int) -> int | None:
+    """Return how many of so many ranks share this machine, as torchrun or srun says; None if neither does."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", "")
+    return size // int(nodes) if nodes.isdigit() and size % int(nodes) == 0 else None
 
 
 def rendezvous() -> dict[str, str]:

@@ -22,8 +22,8 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from engine import metrics
-from engine.config import checks
+from engine import hub, metrics
+from engine.config import layout
 from engine.config.schema import ClusterSection, RunConfig
 from engine.errors import EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.executors import sweeper
@@ -448,7 +448,9 @@ def devices(config: RunConfig) -> tuple[int, bool]:
         raise UserError(
             f"{key}: {ranks} ranks, and {where} has {have} {kind}; lower it to {max(1, have // (cluster.num_nodes if gpu else 1))}."
         )
-    problems = checks.layout(config.train, config.data, config.backend, ranks)
+    per_node = ranks if cluster.name == "ray_local" else cluster.gpus_per_node
+    fields = hub.known_fields(config.model)
+    problems = layout.problems(config.backend, fields, config.train, config.data, ranks, per_node)
     if problems:
         raise UserError(*problems)
     return ranks, gpu

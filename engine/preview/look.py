@@ -18,6 +18,7 @@ import numpy as np
 from engine import hub
 from engine.config import sources
 from engine.config.compose import Composed
+from engine.config.layout import Layout, named_ranks
 from engine.config.schema import DataSection, RunConfig
 from engine.data.assemble import Data, assemble
 from engine.data.build import BAD_ROWS
@@ -169,14 +170,14 @@ def look(composed: Composed, scratch: Path, *, num: int = 3, all_rows: bool = Fa
 def _all_rows(config: RunConfig, scratch: Path, say: Say) -> tuple[Data, Loader]:
     """Return a recipe's data, and the loader of what is trained on for as many ranks as the recipe names."""
     data = assemble(config, scratch, say)
-    cluster = config.cluster
+    layout = Layout.of(config.backend, named_ranks(config.cluster) or 1)
     return data, train_loader(
         data.train,
         config.data,
         batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.run.seed,
-        ranks=cluster.num_workers or (cluster.gpus_per_node or 0) * cluster.num_nodes or 1,
+        ranks=layout.data,
         attention_length=hub.attention_length(config.model),
         together=config.algorithm.together,
     )

@@ -34,7 +34,7 @@ from engine.types import Scorer
 FORMAT = 2
 """Raised whenever the meaning of a record changes."""
 CHUNK = 256
-"""Documents a rank between two writings."""
+"""Documents a data-parallel rank between two writings."""
 CHECKED = 3
 """Conversations whose log-probabilities are computed again where they are there."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -45,7 +45,7 @@ of a few tokens that is up to some percent; over many tokens it cancels for the 
 """
 PERIOD_S = 30.0
 """Time between two lines of progress."""
-LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-3", "triton", "liger-kernel")
+LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-3", "triton", "liger-kernel", "megatron-core")
 COMPUTED_BY = (fingerprint.ROOT / "engine" / "backends", fingerprint.ROOT / "kernels")
 """The code that a log-probability is a matter of."""
 
@@ -164,7 +164,7 @@ class _Pass:
         groups = np.flatnonzero(missing.reshape(-1, together).any(1))
         total, started = len(groups) * together, time.monotonic()
         self.say(f"reference: computing {total:,} of {len(missing):,} log-probabilities of {name}")
-        said, size = started, max(1, CHUNK // together) * self.ranks.size
+        said, size = started, max(1, CHUNK // together) * wanted.loader.ranks
         for first in range(0, len(groups), size):
             documents = wanted.documents.reshape(-1, together)[groups[first : first + size]].ravel()
             sums = self._compute(wanted, documents)
@@ -192,14 +192,14 @@ class _Pass:
         return f"answer {wanted.documents[at[worst]]} of {wanted.part.name}: {known[at[worst]]:.4f}, and now {now[worst]:.4f}"
 
     def _compute(self, wanted: Wanted, documents: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the sums of whole conversations, each rank having computed its share."""
+        """Return the sums of whole conversations, each data-parallel rank having computed its share."""
         scorer = self.scorer()
         batches = wanted.loader.batches(wanted.first + documents, apart=self.config.run.deterministic)
-        found = [(at, scorer.sequence_logprobs(batch)) for at, batch in batches]
+        found = scorer.score([batch for _, batch in batches])
         own = np.zeros(len(documents))
-        for at, sums_S in found:
+        for (at, _), sums_S in zip(batches, found, strict=True):
             own[at] = sums_S.tolist()
-        sums = np.array(self.ranks.sum(own.tolist()), np.float32)
+        sums = np.array(self.ranks.sum(own.tolist(), self.ranks.size // wanted.loader.ranks), np.float32)
         if not np.isfinite(sums).all():
             worst = int(documents[~np.isfinite(sums)][0])
             raise RunError(
@@ -233,7 +233,7 @@ class _Pass:
             "data": [samples.fingerprint, len(samples)],
             "model": [model.dtype, model.attention, model.liger, model.compile, model.config_overrides],
             "remote_code": self._remote_code() if model.trust_remote_code else None,
-            "backend": config.backend.name,
+            "backend": [config.backend.name, config.backend.transformer_config],
             "device": self.ranks.device.type,
             "code": fingerprint.code(COMPUTED_BY),
             "libraries": fingerprint.versions(LIBRARIES),

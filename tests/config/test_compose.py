@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from engine.config.checks import check
-from engine.config.compose import compose, known_keys, needs_quickstart, with_quickstart
+from engine.config.compose import compose, groups, known_keys, needs_quickstart, with_quickstart
 from engine.config.help import docstrings, text
 from engine.config.names import FOREIGN_NAMES
 from engine.config.schema import RunConfig, Section
@@ -286,7 +286,7 @@ def test_quickstart_of_dpo_starts_from_the_newest_weights(tmp_path: Path, monkey
 
 
 def test_every_choice_and_recipe_composes() -> None:
-    for model in ("llama3_1b", "llama3_8b", "qwen3_0_6b", "tiny"):
+    for model in groups()["model"]:
         config = compose([f"model={model}", "data.max_length=512"]).config
         assert config.data.train_path == "allenai/tulu-3-sft-mixture" and config.optimizer.lr == 1e-5
     for scheduler in ("constant", "linear", "cosine", "wsd"):
