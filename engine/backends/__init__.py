@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse, before any data is read, what the names of the model's layers alone can tell: adapters that it cannot have.
+    """Refuse, before any data is read, what the model's layers and configuration alone can tell.
 
     Raises:
-        UserError: For ``model.lora.target_modules`` that do not fit the model, or a model that cannot be built.
+        UserError: For ``model.lora.target_modules`` that do not fit the model, a model that cannot be built, or what megatron-core
+            cannot be told.
     """
+    if config.backend.name == "megatron":
+        _kind(config).check(config)
     if config.model.lora.enabled:
         import torch
 

@@ -108,19 +108,19 @@ def train(
         found["norms"].append(float(result.grad_norm))
         found["sums"].append({name: float(x) for name, x in result.sums.items()})
         found["micro_batches"].append(len(batches))
-    if config.backend.name == "megatron":
-        found |= precision(backend, config)
     if save is not None:
         backend.snapshot(copy=False)(save)
         ranks.gather(None)
     if export is not None:
         backend.export(export if ranks.main else None)
         ranks.gather(None)
+    if config.backend.name == "megatron":
+        found |= precision(backend, config)
     return found
 
 
 def precision(backend: Any, config: RunConfig) -> dict[str, Any]:
-    """Return the types of parameters and masters, and how many fresh masters are not what the model's files hold."""
+    """Return the types of parameters and masters, and how many masters are not what the model's files hold, read again."""
     from engine.backends import hf_model
 
     shares = [(held, backend.optimizer.share(held.parameter)) for held in backend.weights.held]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import megatron_ranks
 import pytest
 import torch
 from rank_pool import RankPool
@@ -172,10 +173,7 @@ def outcome(ranks: Ranks, sft: RunConfig, dpo: RunConfig, folder: Path | None) -
 def built(ranks: Ranks, config: RunConfig) -> Any:
     """Return the recipe's backend, whatever layout there was before."""
     if config.backend.name == "megatron":
-        from megatron.core import parallel_state
-
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+        megatron_ranks.leave(ranks)
     return backends.build(config, ranks)
 
 

@@ -89,3 +89,12 @@ def test_lora_trains_adapters_alone(request: pytest.FixtureRequest, tmp_path: Pa
 def test_recomputation_changes_no_loss(base: list[str], tmp_path: Path) -> None:
     none, full = (losses([*base, f"model.recompute={choice}"], tmp_path / choice) for choice in ("none", "full"))
     assert full == pytest.approx(none, abs=LOSS)
+
+
+@pytest.mark.parametrize("algorithm", ["base", "dpo"])
+def test_megatron_computes_the_same(request: pytest.FixtureRequest, tmp_path: Path, algorithm: str) -> None:
+    pytest.importorskip("megatron.core")
+    words = request.getfixturevalue(algorithm)
+    theirs, ours = (losses([*words, f"backend={name}"], tmp_path / name) for name in ("torch", "megatron"))
+    assert ours == pytest.approx(theirs, abs=LOSS)
+    assert ours[-1] < ours[0]

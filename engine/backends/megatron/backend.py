@@ -84,6 +84,19 @@ class MegatronBackend:
         self._names: dict[type, list[str]] = {}
         torch.manual_seed(config.run.seed + ranks.rank)
 
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Refuse what megatron-core cannot be told of the model and its layout.
+
+        Raises:
+            UserError: Naming the key.
+        """
+        hf = hf_model.skeleton(config.model, attention="eager").config
+        cpu = torch.device("cpu")
+        model.transformer_config(
+            hf, config.model, config.backend, hf_model.compute_dtype(config.model, cpu), device=cpu
+        )
+
     def train_step(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, global_units: float, lr: float
     ) -> StepMetrics:
@@ -126,6 +139,8 @@ class MegatronBackend:
 
     def score(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Return ``sequence_logprobs`` of each, all through one schedule."""
+        if not batches:
+            return []
         found = self._ask(batches, self.head.sequence_logprobs)
         return self._shared(found, [len(b.targets.bounds) - 1 for b in batches])
 
@@ -183,7 +198,7 @@ class MegatronBackend:
         if random.keys() <= sizes.keys() and sum(name.startswith("rng/") for name in sizes) == self._random_states():
             rest |= random
         shards.load(rest, folder, None)
-        self.optimizer.set_step_count(rest["optimizer/step"])
+        self.optimizer.resume(rest["optimizer/step"])
         self.skipped = rest["skipped"][0].to(self.device)
         if random.keys() <= rest.keys():
             self._set_random_state(rest)
@@ -310,27 +325,7 @@ class MegatronBackend:
         Returns:
             What ``use`` made of each, with ``train`` the sums, on the ranks of the last stage; elsewhere nothing.
         """
-        core, count = self.core, len(batches)
-        stages, virtual = core.pipeline_model_parallel_size, core.virtual_pipeline_model_parallel_size
-        if virtual and count % stages:
-            empty = with_reference(empty_micro_batch(padded=False), np.zeros(0, np.float32))
-            batches = [*batches, *[empty] * (stages - count % stages)]
-        multiple = (
-            core.tensor_model_parallel_size * core.context_parallel_size * (2 if core.context_parallel_size > 1 else 1)
-        )
-        longest = max(rows.length(b, multiple) for b in batches)
-        context = parallel_state.get_context_parallel_group()
-        made = [
-            rows.row(
-                batch,
-                length=longest
-                if stages > 1
-                else rows.length(batch, multiple),  # stages know the shape of what they are sent
-                rank=context.rank(),
-                ranks=context.size(),
-            )
-            for batch in batches
-        ]
+        made, virtual = self._rows(batches), self.core.virtual_pipeline_model_parallel_size
 
         def forward(source: Iterator[rows.Row], chunk: Any) -> tuple[Tensor, Any]:
             row = next(source).to(self.device)
@@ -349,11 +344,26 @@ class MegatronBackend:
             data_iterator=sources if virtual else sources[0],
             model=self.wrapped,
             num_microbatches=len(made),
-            seq_length=longest,
+            seq_length=made[0].length,
             micro_batch_size=1,
             forward_only=not train,
         )
-        return list(results[:count])
+        return list(results[: len(batches)])
+
+    def _rows(self, batches: Sequence[MicroBatch]) -> list[rows.Row]:
+        """Return this rank's parts of the micro-batches; behind them empty ones where chunks of stages need a multiple."""
+        stages, context = self.core.pipeline_model_parallel_size, parallel_state.get_context_parallel_group()
+        if self.core.virtual_pipeline_model_parallel_size and len(batches) % stages:
+            empty = with_reference(empty_micro_batch(padded=False), np.zeros(0, np.float32))
+            batches = [*batches, *[empty] * (stages - len(batches) % stages)]
+        multiple = self.core.tensor_model_parallel_size * (2 * context.size() if context.size() > 1 else 1)
+        lengths = [rows.length(batch, multiple) for batch in batches]
+        if stages > 1:  # which know the shape of what they are sent
+            lengths = [max(lengths)] * len(lengths)
+        return [
+            rows.row(batch, length=length, rank=context.rank(), ranks=context.size())
+            for batch, length in zip(batches, lengths, strict=True)
+        ]
 
     def _over_ranks(
         self, reports: list[dict[str, Tensor]], objective: Objective, units: float
@@ -394,7 +404,7 @@ class MegatronBackend:
         """Return everything that a checkpoint holds of this rank, by name, on the host."""
         assert self.optimizer is not None
         state = self.weights.state(self.optimizer)
-        state |= {"optimizer/step": self.optimizer.step_count().cpu(), "skipped": self.skipped.reshape(1).cpu()}
+        state |= {"optimizer/step": self.optimizer.applied.cpu(), "skipped": self.skipped.reshape(1).cpu()}
         return state | self._random_state()
 
     def _random_state(self) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -51,6 +50,7 @@ class Optimizer:
             self.chained = core.get_megatron_optimizer(config, chunks)
         self.parts: list[Any] = self.chained.chained_optimizers
         self.device = next(chunks[0].parameters()).device
+        self.applied = torch.zeros(1, device=self.device)  # steps
         for part in self.parts:
             part.optimizer.defaults["fused"] = True
             for group in part.optimizer.param_groups:
@@ -86,19 +86,18 @@ class Optimizer:
                 group["lr"] = lr
             part.optimizer.found_inf = failed.float()
         self.chained.step_with_ready_grads()
+        self.applied += ~failed
 
     def zero(self) -> None:
         """Drop the gradients."""
         self.chained.zero_grad()
 
-    def step_count(self) -> Tensor:
-        """Return the steps that were applied, float32 [1]."""
-        return next(state["step"] for _, state in self._states()).reshape(1)
-
-    def set_step_count(self, steps: Tensor) -> None:
-        """Continue after so many steps."""
-        for _, state in self._states():
-            state["step"].copy_(steps[0])
+    def resume(self, steps: Tensor) -> None:
+        """Continue after so many steps, float32 [1]."""
+        self.applied.copy_(steps)
+        for part in self.parts:
+            for state in part.optimizer.state.values():
+                state["step"].copy_(steps[0])
 
     def owners(self, parameter: nn.Parameter) -> Any:
         """Return the process group whose ranks share the state of a parameter."""
@@ -118,7 +117,3 @@ class Optimizer:
     def _part(self, parameter: nn.Parameter) -> Any:
         dense = getattr(parameter, "allreduce", True)
         return self.parts[0 if dense else -1]
-
-    def _states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for part in self.parts:
-            yield from part.optimizer.state.items()
