@@ -17,6 +17,7 @@ Usage: python -m engine [group=choice …] [key=value …]        run
        python -m engine -m key=value,value … [run.dir=DIR]    run every combination
        python -m engine --cfg …                               show the recipe that would run
        python -m engine.preview [--out FILE.html] …           see the first examples as the model will
+       python -m engine.report DIR… [--out FILE.html]         compare runs, and the points of sweeps, on a page
        python -m engine.cache list|verify|prune|build …       look after the tokenised data
        python -m engine.export --checkpoint DIR --out DIR     make a Hugging Face folder
        python -m engine.generate --model DIR [--prompt TEXT]  talk to a model

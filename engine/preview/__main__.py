@@ -17,6 +17,7 @@ def preview(overrides: list[str], out: Path | None, *, num: int, all_rows: bool)
     composed = compose.compose(compose.with_quickstart(overrides))
     from rich.console import Console
 
+    from engine import html
     from engine.preview import look, page, terminal
 
     console = Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
@@ -24,10 +25,7 @@ def preview(overrides: list[str], out: Path | None, *, num: int, all_rows: bool)
         found = look.look(composed, Path(scratch), num=num, all_rows=all_rows)
         terminal.show(found, console)
         if out is not None:
-            try:
-                out.write_text(page.page(found), encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another file.") from error
+            html.write(out, page.page(found))
             print(f"\nwrote {out}")
 
 

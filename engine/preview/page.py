@@ -5,28 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from engine import html
 from engine.config import sources
 from engine.data import report
 from engine.preview.look import Look, Piece, bad_rows, runs
 
-ASSETS = Path(__file__).parents[1] / "assets"
-
 
 def page(look: Look) -> str:
     """Return a look as a page."""
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["n"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    environment = html.environment()
     environment.globals |= {"zip": zip, "report": report, "runs": runs, "apart": _apart, "bad_rows": bad_rows}
     config = look.composed.config
     return environment.get_template("preview.html").render(
