@@ -64,7 +64,7 @@ def sweep(overrides: list[str]) -> int:
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    points = BasicSweeper.split_arguments(compose.parse(overrides), max_batch_size=None)[0]
+    points = BasicSweeper.split_arguments(compose.parse(compose.swept(overrides)), max_batch_size=None)[0]
     points = [compose.with_quickstart(list(point)) for point in points]
     recipes = [compose.compose(point) for point in points]
     if any(recipe.config.cluster.name == "env" for recipe in recipes):

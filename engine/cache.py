@@ -8,11 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from engine.data import cache
 from engine.data.cache import Entry
-from engine.errors import EXIT_DONE, EXIT_ERROR, UserError, command
+from engine.errors import EXIT_DONE, EXIT_ERROR, Parser, UserError, command
 from engine.reference import store
 
 HELP = """\
@@ -28,14 +27,6 @@ Usage: python -m engine.cache list   [--cache-dir DIR]       show what is there
 DAY_S = 86_400.0
 OLD_DAYS = 30.0
 PATH_WIDTH = 44
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are sentences."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{self.prog}: {message}; see python -m engine.cache --help.")
 
 
 def show(options: argparse.Namespace) -> int:

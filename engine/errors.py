@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_DONE, EXIT_ERROR, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -23,6 +25,14 @@ class UserError(RunError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command's own flags, whose errors are sentences; its prog begins with ``python -m engine.NAME``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{self.prog}: {message}; see {' '.join(self.prog.split()[:3])} --help.")
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:

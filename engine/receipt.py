@@ -6,12 +6,14 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import fingerprint, hub
 from engine.config.schema import RunConfig
-from engine.data.assemble import Data
-from engine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from engine.data.assemble import Data
+    from engine.ranks import Ranks
 
 PACKAGES = (
     "anneal",
@@ -28,6 +30,8 @@ PACKAGES = (
     "liger-kernel",
     "megatron-core",
 )
+HASH = 12
+"""Characters of a hash that are shown."""
 
 
 def receipt(config: RunConfig, data: Data, ranks: Ranks, reference: RunConfig | None = None) -> dict[str, Any]:
@@ -43,8 +47,7 @@ def receipt(config: RunConfig, data: Data, ranks: Ranks, reference: RunConfig | 
         "data": data.fingerprints,
         "weights": fingerprint.weights(config.model, config.run.seed),
         **({} if reference is None else {"reference": _reference(reference)}),
-        "code": _code(),
-        "versions": {"python": platform.python_version(), **fingerprint.versions(PACKAGES)},
+        **software(),
         "hardware": {
             "machine": platform.machine(),
             "device": _device(ranks.device.type),
@@ -53,6 +56,62 @@ def receipt(config: RunConfig, data: Data, ranks: Ranks, reference: RunConfig | 
         },
         "samples": {name: {**vars(s.summary), "revision": s.revision} for name, s in data.sources.items()},
     }
+
+
+def software() -> dict[str, Any]:
+    """Return the part of a receipt that needs no run: code and versions."""
+    return {"code": _code(), "versions": {"python": platform.python_version(), **fingerprint.versions(PACKAGES)}}
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what, before, after) for recipe (of a repository), data, weights, code and versions that differ.
+
+    A part that one of them does not have at all is not compared; in one that both have, "none" is what one lacks.
+    """
+    found = []
+    for part, what in (
+        ("recipe", ""),
+        ("data", "data "),
+        ("weights", ""),
+        ("reference", ""),
+        ("code", ""),
+        ("versions", ""),
+    ):
+        if part not in before or part not in after:
+            continue
+        old, new = (_entries(part, receipt[part]) for receipt in (before, after))
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        found += [(what + name, _shown(part, before, old, name), _shown(part, after, new, name)) for name in names]
+    return found
+
+
+def no_longer(frozen: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return what to say of a frozen recipe's lock and a receipt of now; None: it is not frozen."""
+    if "code" not in frozen:
+        return None
+    found = [f"{what} {old} → {new}" for what, old, new in differences(frozen, now)]
+    parts = [part for part in ("data", "weights", "code", "versions") if part in frozen and part in now]
+    if found:
+        return f"no longer as the recipe was frozen: {'; '.join(found)}"
+    return f"as the recipe was frozen: {', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _entries(part: str, value: Any) -> dict[str, Any]:
+    """Return what is compared of a part of a receipt, by name."""
+    if part == "code":
+        return {"code": value["sha256"]}
+    return value if part in ("data", "versions") else {part: value}
+
+
+def _shown(part: str, receipt: dict[str, Any], entries: dict[str, Any], name: str) -> str:
+    """Return an entry of a receipt as a person reads it: versions whole, hashes cut, code by its commit too."""
+    value = entries.get(name)
+    if isinstance(value, dict):
+        value = value.get("weights")
+    if value is None or part in ("recipe", "versions"):
+        return str(value or "none")
+    commit = receipt["code"].get("commit") if part == "code" else None
+    return f"{value[:HASH]} (commit {commit[:HASH]})" if commit else str(value)[:HASH]
 
 
 def _reference(config: RunConfig) -> dict[str, str | None]:

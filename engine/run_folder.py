@@ -15,6 +15,7 @@ import yaml
 
 from engine import checkpoint
 from engine.checkpoint import TrainState
+from engine.config.places import RECIPE_LOCK
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 
@@ -41,6 +42,7 @@ RESUMABLE = {
     "backend.expert_parallel",
     "backend.overlap",
     "model.lora.merge",
+    RECIPE_LOCK,
 }
 """Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
 
@@ -127,7 +129,13 @@ class RunFolder:
     def write_recipe(self, lock: dict[str, Any]) -> None:
         """Write recipe.yaml and lock.json."""
         self._replace("recipe.yaml", self.recipe)
-        self._replace("lock.json", json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        origin = {key: value for key, value in self.frozen().items() if key == "recipe"}
+        self._replace("lock.json", json.dumps({**lock, **origin}, indent=2, sort_keys=True) + "\n")
+
+    def frozen(self) -> dict[str, Any]:
+        """Return the lock that came with the recipe: of the run that it was frozen from, and its place in a git repository."""
+        lock: dict[str, Any] = yaml.safe_load(self.recipe).get(RECIPE_LOCK, {})
+        return lock
 
     def check_same_recipe(self, file: Path, where: str) -> None:
         """Refuse to continue a run of another recipe.

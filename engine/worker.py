@@ -21,7 +21,7 @@ from engine.data.loader import Loader, train_loader, val_loader
 from engine.data.samples import DataSet
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
 from engine.ranks import PeerFailed, Ranks, is_lost_peer
-from engine.receipt import receipt
+from engine.receipt import no_longer, receipt
 from engine.reference.attach import attach
 from engine.run_folder import RunFolder
 from engine.train import Stopped, StopRequest, Trainer, total_steps
@@ -108,7 +108,7 @@ def _run(
     held = _own_reference(config, objective, folder, ranks)
     data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
-    lock = ranks.first(lambda: _receipt(config, data, folder, ranks, held))
+    lock = ranks.first(lambda: _receipt(config, data, folder, console, ranks, held))
     planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
     if source is not None and done and ranks.first(folder.is_finished):
@@ -236,10 +236,23 @@ def _loaders(config: RunConfig, data: Data, ranks: Ranks, *, together: int) -> t
     return train, val
 
 
-def _receipt(config: RunConfig, data: Data, folder: RunFolder, ranks: Ranks, held: RunConfig | None) -> dict[str, Any]:
-    """Return what the run consumes, once it is known to be what it has consumed so far."""
+def _receipt(
+    config: RunConfig,
+    data: Data,
+    folder: RunFolder,
+    console: metrics.Console,
+    ranks: Ranks,
+    held: RunConfig | None,
+) -> dict[str, Any]:
+    """Return what the run consumes, once it is known to be what it has consumed so far.
+
+    What differs from the lock of a frozen recipe is said.
+    """
     lock = receipt(config, data, ranks, held)
     folder.check_receipt(lock)
+    said = no_longer(folder.frozen(), lock)
+    if said is not None:
+        console.say(said)
     return lock
 
 

@@ -19,24 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from engine.config import checks, megatron, sources
+from engine.config import checks, megatron, places, sources
 from engine.config.names import stop, suggestion
+from engine.config.places import RECIPE_LOCK, Chosen, Library, resource, search_word
 from engine.config.schema import RunConfig, Section
 from engine.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_DPO = "recipe=quickstart_dpo"
 OWN_DATA = {"data.train_path", "data.train"}
 """Keys that name data of one's own: where no choice of data is made, nothing is then taken from the default one."""
-
-
-def resource(name: str) -> Path:
-    """Return the folder ``conf`` or ``recipes``: inside the package in a wheel, beside it in a checkout."""
-    inside = ROOT / name
-    return inside if inside.is_dir() else ROOT.parent / name
 
 
 @dataclass(frozen=True)
@@ -45,28 +39,6 @@ class Composed:
 
     config: RunConfig
     recipe: str
-
-
-def groups() -> dict[str, list[str]]:
-    """Return the choices of every config group, by name."""
-    conf = resource("conf")
-    found = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(conf.iterdir()) if d.is_dir()}
-    return {**found, "recipe": sorted(recipes())}
-
-
-def recipes() -> dict[str, Path]:
-    """Return the file of every named recipe: ours, then those in the folders of ``$ANNEAL_RECIPE_PATH``."""
-    found: dict[str, Path] = {}
-    for folder in [resource("recipes"), *map(Path, filter(None, os.environ.get("ANNEAL_RECIPE_PATH", "").split(":")))]:
-        if not folder.is_dir():
-            raise UserError(f"ANNEAL_RECIPE_PATH: {folder} is not a folder; correct or unset it.")
-        for file in sorted(folder.glob("*.yaml")):
-            if file.stem in found:
-                raise UserError(
-                    f"recipe={file.stem} is defined in {found[file.stem]} and in {file}; rename one of them."
-                )
-            found[file.stem] = file
-    return found
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -86,15 +58,18 @@ def compose(overrides: list[str]) -> Composed:
     """Compose, validate and resolve one run.
 
     Args:
-        overrides: Words of the command line: ``group=choice``, ``key=value``, ``recipe=NAME_OR_FILE``.
+        overrides: Words of the command line: ``group=choice``, ``key=value``, ``recipe=NAME_OR_FILE_OR_URL``.
 
     Raises:
         UserError: With every problem that was found, a sentence each.
     """
-    choices, values, problems = _split(parse(overrides))
+    parsed, known, chosen = find(overrides)
+    choices, values, problems = _split(parsed, known.names())
     misspelt = {p.split("=", 1)[0] for p in problems}
     own_data = bool(OWN_DATA & {o.key_or_group for o in values})
-    cfg = compose_groups({g: c for g, c in choices.items() if g not in misspelt}, own_data=own_data)
+    cfg = compose_groups(
+        {g: c for g, c in choices.items() if g not in misspelt}, own_data=own_data, known=known, chosen=chosen
+    )
     for override in values:
         key = override.key_or_group
         try:
@@ -107,14 +82,32 @@ def compose(overrides: list[str]) -> Composed:
     checks.set_max_length(container)
     megatron.set_sequence_parallel(container)
     if isinstance(container.get("data"), dict):
-        problems += sources.expand(container["data"], resource("conf"), {o.key_or_group for o in values} | set(choices))
+        problems += sources.expand(
+            container["data"], known.choices["data"], {o.key_or_group for o in values} | set(choices)
+        )
     sections, found = _validate(container, choices, values)
     problems += [p for p in found if p.split(".", 1)[0] not in misspelt and p.split(" ", 1)[0] not in unresolved]
     problems += checks.check(sections)
     if problems:
         raise UserError(*problems)
     config = RunConfig(**sections)
-    return Composed(config, _recipe_text(cfg, config))
+    return Composed(config, _recipe_text(cfg, config, {} if chosen is None else chosen.lock))
+
+
+def find(overrides: list[str]) -> tuple[list[Override], Library, Chosen | None]:
+    """Parse the words of a command line and look where they say for recipes and groups.
+
+    Returns:
+        The words but for ``hydra.searchpath``, what there is to choose, and the recipe that is chosen.
+    """
+    parsed = parse(overrides)
+    typed = {o.key_or_group: o.value() for o in parsed}
+    searched = typed.get("hydra.searchpath", [])
+    known = places.library(map(str, searched if isinstance(searched, list) else [searched]))
+    recipe = typed.get("recipe")
+    chosen = places.choose(recipe, known) if isinstance(recipe, str) else None
+    rest = [o for o in parsed if o.key_or_group != "hydra.searchpath"]
+    return rest, known if chosen is None else chosen.library, chosen
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -130,13 +123,32 @@ def parse(overrides: list[str]) -> list[Override]:
     parser = OverridesParser.create()
     for word in overrides:
         try:
-            parsed.append(parser.parse_override(word))
+            parsed.append(parser.parse_override(_quoted(word)))
         except HydraException as error:
             hint = "write key=value" if "=" not in word else f"quote special characters: '{word.split('=')[0]}=\"…\"'"
             problems.append(f"{word}: not an override ({_first_line(error)}); {hint}.")
     if problems:
         raise UserError(*problems)
     return parsed
+
+
+def _quoted(word: str) -> str:
+    """Quote the addresses of recipes in git repositories, whose # Hydra's grammar does not have."""
+    key, _, value = word.partition("=")
+    if key != "recipe":
+        return word
+    return "recipe=" + ",".join(f"'{part}'" if part.startswith("git+") else part for part in value.split(","))
+
+
+def swept(overrides: list[str]) -> list[str]:
+    """Return the overrides after what the recipe sweeps over, ``hydra.sweeper.params``, as far as they do not say it themselves."""
+    parsed, known, chosen = find(overrides)
+    typed = {o.key_or_group for o in parsed}
+    params: dict[str, Any] = {}
+    for file in () if chosen is None else places.chain(chosen.file, known.choices["recipe"]):
+        node = OmegaConf.select(OmegaConf.create(places.read(file)), "hydra.sweeper.params")
+        params = {**dict(node or {}), **params}
+    return [*(f"{key}={value}" for key, value in params.items() if key not in typed), *overrides]
 
 
 def with_quickstart(overrides: list[str]) -> list[str]:
@@ -165,9 +177,8 @@ def quickstart_weights() -> Path | None:
     return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override], list[str]]:
-    """Separate group choices from values."""
-    available = groups()
+def _split(parsed: list[Override], available: dict[str, list[str]]) -> tuple[dict[str, str], list[Override], list[str]]:
+    """Separate group choices from values, given the names of every group's choices."""
     choices: dict[str, str] = {}
     values: list[Override] = []
     problems: list[str] = []
@@ -188,17 +199,21 @@ def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override], list
         else:
             choice = str(override.value())
             if key != "recipe" and choice not in available[key]:
-                problems.append(stop(f"{key}={choice}: no such choice; {_near(choice, available[key])}"))
+                problems.append(stop(f"{key}={choice}: no such choice; {places.near(choice, available[key])}"))
             choices[key] = choice
     return choices, values, problems
 
 
-def compose_groups(choices: dict[str, str], *, own_data: bool = False) -> DictConfig:
+def compose_groups(
+    choices: dict[str, str], *, own_data: bool = False, known: Library | None = None, chosen: Chosen | None = None
+) -> DictConfig:
     """Compose the defaults list with the chosen groups; groups chosen by the user win over the recipe's own keys.
 
     Args:
         choices: Choice of each group.
         own_data: Whether the command line names data of its own.
+        known: The recipes and choices that there are; None: those of ``places.library()``.
+        chosen: The recipe that is chosen.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -207,28 +222,15 @@ def compose_groups(choices: dict[str, str], *, own_data: bool = False) -> DictCo
     from hydra.errors import HydraException
 
     OmegaConf.register_new_resolver("uid", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True)
-    available = recipes()
-    recipe = choices.get("recipe")
-    name = None
-    if recipe is not None:
-        file = available.get(recipe)
-        if file is None and recipe.endswith((".yaml", ".yml")):
-            file = Path(recipe)
-            if not file.is_file():
-                raise UserError(f"recipe={recipe}: no such file.")
-        if file is None:
-            raise UserError(stop(f"recipe={recipe}: no such recipe and no .yaml file; {_near(recipe, available)}"))
-        name = "chosen_by_path" if recipe not in available else recipe
-        available = {**available, name: file}
+    known, recipe = known or places.library(), choices.get("recipe")
+    name = None if chosen is None else chosen.name
     store = ConfigStore.instance()
-    for stem, file in available.items():
-        store.store(
-            group="recipe",
-            name=stem,
-            node=_load_recipe(file) if stem == name else _load_lenient(file),
-            package="_global_",
-        )
-    words = [f"{g}={c}" for g, c in choices.items() if g != "recipe"] + ([f"recipe={name}"] if name else [])
+    for file in () if chosen is None else places.chain(chosen.file, known.choices["recipe"]):
+        node = {key: value for key, value in places.read(file).items() if key != RECIPE_LOCK}
+        stem = chosen.name if chosen is not None and file == chosen.file else file.stem
+        store.store(group="recipe", name=stem, node=node, package="_global_")
+    search = search_word(known.folders)
+    words = search + [f"{g}={c}" for g, c in choices.items() if g != "recipe"] + ([f"recipe={name}"] if name else [])
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3", job_name="engine"):
@@ -237,10 +239,9 @@ def compose_groups(choices: dict[str, str], *, own_data: bool = False) -> DictCo
                 cfg = hydra_compose("config", overrides=[*words, "~data"])
             OmegaConf.set_struct(cfg, False)
             cfg.pop("hydra", None)
-            if recipe is not None:
-                for group, choice in choices.items():
-                    if group != "recipe":
-                        _merge_group(cfg, group, choice)
+        for group, choice in choices.items() if recipe is not None else ():
+            if group != "recipe":
+                _merge_group(cfg, group, known.choices[group][choice], search_word([resource("conf"), *known.folders]))
     except (HydraException, OmegaConfBaseException) as error:
         where = f"recipe={recipe}" if recipe else " ".join(words) or "conf"
         raise UserError(f"{where}: cannot be composed ({_first_line(error)}).") from error
@@ -261,33 +262,15 @@ def _leaves_default_data(cfg: DictConfig, own_data: bool) -> bool:
     return own_data or bool(here.get("train")) or here.get("train_path") != default["train_path"]
 
 
-def _merge_group(cfg: DictConfig, group: str, choice: str) -> None:
+def _merge_group(cfg: DictConfig, group: str, file: Path, search: list[str]) -> None:
     """Lay a group chosen on the command line over what the recipe set."""
     from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
 
-    own = hydra_compose(f"{group}/{choice}")
+    with initialize_config_dir(str(file.parent.parent), version_base="1.3", job_name="engine"):
+        own = hydra_compose(f"{group}/{file.stem}", overrides=search)
     OmegaConf.set_struct(cfg, False)
     OmegaConf.update(cfg, group, own[group], merge=True)
-
-
-def _load_recipe(file: Path) -> DictConfig:
-    import yaml
-
-    try:
-        node = OmegaConf.load(file)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(node, DictConfig):
-        raise UserError(f"{file}: a recipe is a mapping of keys to values.")
-    return node
-
-
-def _load_lenient(file: Path) -> DictConfig:
-    """Load a recipe that nobody chose: another recipe may build on it, but its faults are not this run's."""
-    try:
-        return _load_recipe(file)
-    except UserError as error:
-        return OmegaConf.create({"broken recipe": str(error)})
 
 
 def _resolve(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
@@ -395,8 +378,8 @@ def _sentence(item: Any) -> str:
     return message[0].lower() + message[1:]
 
 
-def _recipe_text(cfg: DictConfig, config: RunConfig) -> str:
-    """Return the resolved recipe as YAML, secrets unresolved, without what belongs to one folder alone."""
+def _recipe_text(cfg: DictConfig, config: RunConfig, lock: dict[str, Any]) -> str:
+    """Return the resolved recipe as YAML, secrets unresolved, without what belongs to one folder alone, and its lock."""
     from yaml import safe_dump
 
     dumped = config.model_dump(mode="json")
@@ -420,12 +403,9 @@ def _recipe_text(cfg: DictConfig, config: RunConfig) -> str:
     for key in ("dir", "resume"):
         dumped["run"].pop(key)
     head = "# @package _global_\n# The resolved recipe of a run: python -m engine recipe=THIS_FILE repeats it.\n"
+    if lock:
+        dumped[RECIPE_LOCK] = lock
     return head + str(safe_dump(dumped, sort_keys=False, allow_unicode=True))
-
-
-def _near(word: str, choices: Any) -> str:
-    near = difflib.get_close_matches(word, list(choices), 1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from engine.config import compose, schema
+from engine.config import compose, places, schema
 
 HEAD = """\
 Usage: python -m engine [group=choice …] [key=value …]        run
@@ -19,6 +19,7 @@ Usage: python -m engine [group=choice …] [key=value …]        run
        python -m engine.preview [--out FILE.html] …           see the first examples as the model will
        python -m engine.report DIR… [--out FILE.html]         compare runs, and the points of sweeps, on a page
        python -m engine.cache list|verify|prune|build …       look after the tokenised data
+       python -m engine.recipes list|show|diff|check|freeze   look after recipes and hand them on
        python -m engine.export --checkpoint DIR --out DIR     make a Hugging Face folder
        python -m engine.generate --model DIR [--prompt TEXT]  talk to a model
 
@@ -31,7 +32,7 @@ Groups (group=choice):
 def text() -> str:
     """Return the help page."""
     lines = [HEAD.rstrip("\n")]
-    for group, choices in compose.groups().items():
+    for group, choices in places.library().names().items():
         lines.append(f"  {group:<12} {', '.join(c for c in choices if not c.startswith('default'))}")
     defaults = _defaults()
     for name, field in schema.RunConfig.model_fields.items():

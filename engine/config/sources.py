@@ -32,12 +32,12 @@ def of(data: DataSection, split: str) -> list[SourceSection]:
     return [SourceSection(name=split, path=path, split=hub_split, **own)]
 
 
-def expand(data: dict[str, Any], conf: Path, typed: set[str]) -> list[str]:
+def expand(data: dict[str, Any], choices: dict[str, Path], typed: set[str]) -> list[str]:
     """Fill in what the sources of a composed recipe leave to the choice of the data group that they name, and their names.
 
     Args:
         data: The recipe's data, changed in place.
-        conf: Folder of the config groups.
+        choices: Files of the data group's choices, by name.
         typed: Keys and groups on the command line.
 
     Returns:
@@ -69,7 +69,7 @@ def expand(data: dict[str, Any], conf: Path, typed: set[str]) -> list[str]:
                 continue
             chosen = entry.get("source")
             if chosen is not None:
-                defaults = _choice(str(chosen), conf)
+                defaults = _choice(str(chosen), choices)
                 if isinstance(defaults, str):
                     problems.append(f"data.{split}[{i}].source={chosen}: {defaults}")
                     continue
@@ -118,11 +118,10 @@ def validation_sets(data: DataSection) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def _choice(name: str, conf: Path) -> dict[str, Any] | str:
+def _choice(name: str, choices: dict[str, Path]) -> dict[str, Any] | str:
     """Return the keys of a choice of the data group, or what is wrong with it."""
-    file = conf / "data" / f"{name}.yaml"
-    if not file.is_file():
-        choices = sorted(f.stem for f in (conf / "data").glob("*.yaml"))
+    file = choices.get(name)
+    if file is None:
         near = difflib.get_close_matches(name, choices, 1)
         return "no such choice of data; " + (f"did you mean {near[0]}?" if near else f"there is {', '.join(choices)}.")
     keys: dict[str, Any] = yaml.safe_load(file.read_text()) or {}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import hub, plugins
+from engine.config.repository import cache_home
 from engine.config.schema import RunConfig, SourceSection
 from engine.data import rows
 from engine.data.build import build, checksum
@@ -120,7 +121,7 @@ def _beside(target: Path) -> Path:
 
 def cache_root(cache_dir: str | None) -> Path:
     """Return the folder of tokenised data."""
-    return Path(cache_dir or os.environ.get("ANNEAL_CACHE") or "~/.cache/anneal").expanduser()
+    return Path(cache_dir).expanduser() if cache_dir else cache_home()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from engine.config.checks import check
-from engine.config.compose import compose, groups, known_keys, needs_quickstart, with_quickstart
+from engine.config.compose import compose, known_keys, needs_quickstart, with_quickstart
 from engine.config.help import docstrings, text
 from engine.config.names import FOREIGN_NAMES
+from engine.config.places import library
 from engine.config.schema import RunConfig, Section
 from engine.errors import UserError
 from tests.conftest import ROOT
@@ -286,7 +287,7 @@ def test_quickstart_of_dpo_starts_from_the_newest_weights(tmp_path: Path, monkey
 
 
 def test_every_choice_and_recipe_composes() -> None:
-    for model in groups()["model"]:
+    for model in library().choices["model"]:
         config = compose([f"model={model}", "data.max_length=512"]).config
         assert config.data.train_path == "allenai/tulu-3-sft-mixture" and config.optimizer.lr == 1e-5
     for scheduler in ("constant", "linear", "cosine", "wsd"):
@@ -374,13 +375,14 @@ def test_wheel_carries_conf_and_recipes(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
     program = (
-        "import json, engine; from engine.config.compose import compose, groups, resource; "
+        "import json, engine; from engine.config.compose import compose; from engine.config.places import resource; "
+        "from engine.recipes import main; assert main(['show', 'quickstart_dpo']) == 0; "
         "print(json.dumps([engine.__file__, str(resource('conf')), compose(['recipe=quickstart']).config.model.path]))"
     )
     out = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     )  # fmt: skip
-    module, conf, path = json.loads(out.stdout)
+    module, conf, path = json.loads(out.stdout.splitlines()[-1])
     assert (tmp_path / "site" / "engine" / "assets" / "tiny_llama" / "tokenizer.json").is_file()
     assert (
         module.startswith(str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import yaml
 
 from engine.config import layout, megatron
 from engine.config.checks import ASSETS
-from engine.config.compose import compose, recipes
+from engine.config.compose import compose
 from engine.config.help import docstrings
 from engine.config.layout import Layout
+from engine.config.places import library
 from engine.config.schema import BackendSection, RunConfig
 from engine.data.assemble import assemble
 from engine.errors import UserError
@@ -337,13 +339,14 @@ def test_every_model_has_a_layout() -> None:
         assert layout.problems(config.backend, MODELS[path], config.train, config.data, 8, 8) == []
 
 
-@pytest.mark.parametrize("name", sorted(set(recipes()) - {"quickstart", "quickstart_dpo"}))
+@pytest.mark.parametrize("name", sorted(set(library().choices["recipe"]) - {"quickstart", "quickstart_dpo"}))
 def test_every_recipe_has_a_possible_layout(name: str) -> None:
     config = compose([f"recipe={name}"]).config
     assert config.run.name == name
     ranks, per_node = layout.named_ranks(config.cluster), layout.named_ranks_per_node(config.cluster)
-    nodes, gpus = name.removesuffix("_megatron").rpartition("_")[2].split("x")
-    assert ranks == int(nodes) * int(gpus) and per_node == int(gpus)
+    nodes, gpus = map(int, (re.findall(r"_(\d)x(\d)", name) or [(1, 8)])[0])  # a machine, where the name says nothing
+    assert ranks == nodes * gpus and per_node == gpus
+    assert config.algorithm.name == name[:3] and config.model.lora.enabled is ("_lora_" in name)
     fields = MODELS[config.model.path]
     assert layout.problems(config.backend, fields, config.train, config.data, ranks, per_node) == []
     assert (config.backend.name == "megatron") is name.endswith("_megatron")
