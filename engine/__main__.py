@@ -54,6 +54,10 @@ def run_one(overrides: list[str]) -> int:
         if first:
             raise
         raise UserError() from error
+    if composed.config.cluster.name == "slurm":
+        from launchers import submit
+
+        return submit.run(composed.config, composed.recipe)
     return executors.choose(composed.config.cluster).run(composed.config, composed.recipe)
 
 

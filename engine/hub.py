@@ -70,6 +70,35 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
         ) from error
 
 
+def refused(path: str, revision: str | None, kind: str) -> str | None:
+    """Return why the hub will not give a repository that is not on this machine yet; None: it is, or will be given.
+
+    Args:
+        path: Folder, file, hub id or ``builtin:NAME``.
+        revision: Branch, tag or commit.
+        kind: model or dataset.
+    """
+    if local_model_folder(path) is not None:
+        return None
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{path.replace('/', '--')}" / "snapshots"
+    if cached.is_dir():
+        return None
+    try:
+        HfApi().auth_check(path, repo_type=kind)
+    except GatedRepoError:
+        return f"{path}: gated, and this account may not read it; ask for access on its page, and log in with `hf auth login`."
+    except RepositoryNotFoundError:
+        return f"{path}: the hub has no such {kind}, or it is private; check the name, or log in with `hf auth login`."
+    except (HfHubHTTPError, OSError):
+        return (
+            f"{path}: not in the hub's cache, and the hub does not answer; check the network, or where HF_HOME points."
+        )
+    return None
+
+
 def commit(path: str, revision: str | None) -> str | None:
     """Return the commit of a hub repository that a path and revision stand for now; None for a folder."""
     if local_model_folder(path) is not None:
@@ -106,6 +135,21 @@ def known_fields(section: ModelSection) -> dict[str, Any] | None:
         return None
     found = read_config(Path(file).parent) if isinstance(file, str) else None
     return None if found is None else {**found, **section.config_overrides}
+
+
+def known_tokenizer_folder(section: ModelSection) -> Path | None:
+    """Return the folder of the recipe's tokenizer as far as it is on this machine; None if it is not."""
+    path, revision = (section.path, section.revision) if section.tokenizer is None else (section.tokenizer, None)
+    local = local_model_folder(path)
+    if local is not None:
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=CONFIG_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def tokenizer_folder(section: ModelSection) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine import hub, receipt
+from engine import receipt
 from engine.config import compose, layout, places, repository
 from engine.config.places import RECIPE_LOCK, Library
 from engine.config.schema import RunConfig
@@ -158,21 +156,18 @@ def _checked(name: str) -> tuple[str, dict[str, Any]]:
     composed = compose.compose([_word(name)])
     config = composed.config
     ranks = layout.named_ranks(config.cluster)
-    if found := _problems(config, ranks):
+    if found := _problems(config):
         raise UserError(*found)
     said = "as many ranks as there are devices" if ranks is None else f"{ranks} rank{'s' * (ranks > 1)}"
     return f"{config.algorithm.name}, {config.model.path}, {said}", yaml.safe_load(composed.recipe).get(RECIPE_LOCK, {})
 
 
-def _problems(config: RunConfig, ranks: int | None) -> list[str]:
-    """Return why a recipe cannot run so: by the plan where there is one, else by the layout alone."""
-    if importlib.util.find_spec("engine.plan") is not None:
-        problem = importlib.import_module("engine.plan").plan(config).problem
-        return [] if problem is None else [problem]
-    if ranks is None:
-        return []
-    per_node, fields = layout.named_ranks_per_node(config.cluster), hub.known_fields(config.model)
-    return layout.problems(config.backend, fields, config.train, config.data, ranks, per_node)
+def _problems(config: RunConfig) -> list[str]:
+    """Return why a recipe cannot run so, or would not fit the card."""
+    from engine.plan import plan
+
+    problem = plan(config).problem
+    return [] if problem is None else [problem]
 
 
 def _run(name: str) -> Path | None:

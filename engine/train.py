@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from engine.checkpoint import Checkpoints, TrainState, written_aside
 from engine.config.schema import RunConfig
 from engine.data.loader import Loader
-from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError, UserError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from engine.metrics import Console, Logger
 from engine.ranks import Ranks
 from engine.run_folder import RunFolder
@@ -364,24 +363,6 @@ class Trainer:
     def _call(self, event: str) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.control)
-
-
-def total_steps(config: RunConfig, train: Loader) -> int:
-    """Return how many steps the run does: the steps or the epochs, whichever come first.
-
-    Raises:
-        UserError: If the epochs are less than one step.
-    """
-    steps, epochs = config.algorithm.max_num_steps, config.algorithm.max_num_epochs
-    if epochs is None:
-        assert steps is not None  # the recipe's check has seen to it
-        return steps
-    from_epochs = math.floor(epochs * train.plan.steps_per_epoch + 1e-9)  # 0.29 · 100 is 28.999…
-    if not from_epochs:
-        raise UserError(
-            f"algorithm.max_num_epochs={epochs}: less than one of {train.plan.steps_per_epoch} steps; raise it."
-        )
-    return from_epochs if steps is None else min(steps, from_epochs)
 
 
 def evaluate(backend: Backend, objective: Objective, sets: Mapping[str, Loader], val_batches: int) -> dict[str, float]:

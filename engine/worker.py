@@ -24,7 +24,8 @@ from engine.ranks import PeerFailed, Ranks, is_lost_peer
 from engine.receipt import no_longer, receipt
 from engine.reference.attach import attach
 from engine.run_folder import RunFolder
-from engine.train import Stopped, StopRequest, Trainer, total_steps
+from engine.schedule import total_steps
+from engine.train import Stopped, StopRequest, Trainer
 from engine.types import Callback, Objective, Sample, Scorer
 
 PROBE_SAMPLES = 3
@@ -109,7 +110,7 @@ def _run(
     data = _data(config, folder, console, ranks)
     train, val = ranks.together(lambda: _loaders(config, data, ranks, together=max(1, objective.sequences_per_group)))
     lock = ranks.first(lambda: _receipt(config, data, folder, console, ranks, held))
-    planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config, train))
+    planned, state.total_steps = state.total_steps, ranks.together(lambda: total_steps(config.algorithm, train.plan))
     done = state.step >= state.total_steps or (state.finished and planned == state.total_steps)
     if source is not None and done and ranks.first(folder.is_finished):
         console.say(f"already finished: {state.step} steps; weights in {folder.final}")

@@ -41,6 +41,20 @@ DPO_KEYS = (
     "reference",
 )
 """Keys of algorithm that have a value with dpo, and none otherwise."""
+SLURM_KEYS = (
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "exclusive",
+    "time_min",
+    "setup",
+    "sbatch",
+    "prepare",
+    "prepare_partition",
+    "wait",
+)
+"""Keys of cluster that say something to Slurm alone."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -122,8 +136,10 @@ def _check_cluster(cluster: ClusterSection) -> list[str]:
         problems.append(f"cluster.address={cluster.address} is for cluster=ray, not {cluster.name}: set it to null.")
     if cluster.num_workers is not None and cluster.gpus_per_node is not None:
         problems.append("cluster.num_workers (CPUs) and cluster.gpus_per_node are both set: set one of them to null.")
-    if cluster.num_nodes > 1 and cluster.name != "ray":
-        problems.append(f"cluster.num_nodes={cluster.num_nodes} is for cluster=ray, not {cluster.name}: set it to 1.")
+    if cluster.num_nodes > 1 and cluster.name not in ("ray", "slurm"):
+        problems.append(
+            f"cluster.num_nodes={cluster.num_nodes} is for cluster=ray and cluster=slurm, not {cluster.name}: set it to 1."
+        )
     if cluster.name in ("local", "env"):
         for key in ("num_workers", "gpus_per_node"):
             if getattr(cluster, key) is not None:
@@ -131,6 +147,37 @@ def _check_cluster(cluster: ClusterSection) -> list[str]:
                     f"cluster.{key}={getattr(cluster, key)} is for Ray, and cluster={cluster.name} starts no ranks: set it to "
                     "null, or choose cluster=ray_local."
                 )
+    return problems + (_check_slurm(cluster) if cluster.name == "slurm" else _check_no_slurm(cluster))
+
+
+def _check_no_slurm(cluster: ClusterSection) -> list[str]:
+    return [
+        f"cluster.{key}={getattr(cluster, key)} is for cluster=slurm, not {cluster.name}: take it out, or choose cluster=slurm."
+        for key in SLURM_KEYS
+        if getattr(cluster, key)
+    ]
+
+
+def _check_slurm(cluster: ClusterSection) -> list[str]:
+    problems, nodes, workers = [], cluster.num_nodes, cluster.num_workers
+    if cluster.gpus_per_node is None and workers is None:
+        problems.append(
+            "cluster.gpus_per_node is not set: say how many GPUs of a machine, choose a shape such as cluster=slurm_1x8, or set "
+            "cluster.num_workers to train on CPUs."
+        )
+    if workers is not None and workers % nodes:
+        problems.append(
+            f"cluster.num_workers={workers} is no multiple of cluster.num_nodes={nodes}: set it to "
+            f"{(workers // nodes + 1) * nodes}."
+        )
+    if cluster.prepare is None:
+        problems.append("cluster.prepare is not set: set it to job, here or none.")
+    for name, value in cluster.sbatch.items():
+        if not isinstance(value, (str, int, float)) or value is False or "\n" in str(value):
+            problems.append(
+                f"cluster.sbatch.{name}={value!r}: must be one line of text, a number, or true for a flag; leave out what is not "
+                "wanted."
+            )
     return problems
 
 

@@ -270,6 +270,9 @@ def _merge_group(cfg: DictConfig, group: str, file: Path, search: list[str]) -> 
     with initialize_config_dir(str(file.parent.parent), version_base="1.3", job_name="engine"):
         own = hydra_compose(f"{group}/{file.stem}", overrides=search)
     OmegaConf.set_struct(cfg, False)
+    if group == "cluster" and own.cluster.name != "slurm":  # what a recipe tells Slurm is not for another cluster
+        defaults = OmegaConf.load(resource("conf") / "config.yaml").cluster
+        OmegaConf.update(cfg, group, {key: defaults[key] for key in checks.SLURM_KEYS}, merge=True)
     OmegaConf.update(cfg, group, own[group], merge=True)
 
 

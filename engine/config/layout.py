@@ -64,6 +64,8 @@ def named_ranks(cluster: ClusterSection) -> int | None:
 
 def named_ranks_per_node(cluster: ClusterSection) -> int | None:
     """Return how many of them share a machine; None: not known."""
+    if cluster.name == "slurm" and cluster.num_workers is not None:
+        return cluster.num_workers // cluster.num_nodes
     return named_ranks(cluster) if cluster.name in ("local", "ray_local") else cluster.gpus_per_node
 
 

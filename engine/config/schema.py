@@ -12,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+Words = Annotated[str, Field(pattern=r"^\S[^\r\n]*$")]
+"""One line."""
+
+
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
@@ -344,8 +348,9 @@ class BackendSection(Section):
 class ClusterSection(Section):
     """Where the run's ranks are (docs/distributed.md)."""
 
-    name: Literal["local", "ray_local", "ray", "env"]
-    """local: this process; ray_local: all devices of this machine; ray: a running Ray cluster; env: started by torchrun or srun."""
+    name: Literal["local", "ray_local", "ray", "env", "slurm"]
+    """local: this process; ray_local: all devices of this machine; ray: a running Ray cluster; env: started by torchrun or srun;
+    slurm: a job that is submitted, with Ray on its machines (docs/slurm.md)."""
     address: str | None
     """Address of the running Ray cluster (cluster=ray): auto or HOST:PORT."""
     num_nodes: Count
@@ -356,6 +361,30 @@ class ClusterSection(Section):
     """Ranks of a run on CPUs, in all."""
     max_failures: NonNegative
     """How often lost ranks are replaced and the run goes on from its last checkpoint."""
+    max_parallel: Count | None
+    """Runs of a sweep (-m) at a time; null: one after another on this machine, as many as the scheduler lets on Slurm."""
+    partition: Words | None
+    """slurm: partition, or several with commas; null: the cluster's default."""
+    account: Words | None
+    """slurm: account that is charged."""
+    qos: Words | None
+    """slurm: quality of service."""
+    constraint: Words | None
+    """slurm: features that machines must have, as sbatch takes them."""
+    exclusive: bool
+    """slurm: whole machines, with all their cores and memory."""
+    time_min: Count | None
+    """slurm: minutes a job may take, after which it saves, is queued again and goes on; null: the partition's default."""
+    setup: list[str]
+    """slurm: lines of bash that the job begins with, such as module load cuda/12.8."""
+    sbatch: dict[str, Any]
+    """slurm: further parameters by sbatch's names, such as {mem: 200G, reservation: ours}; true for a flag."""
+    prepare: Literal["job", "here", "none"] | None
+    """slurm: tokenise and download in a job without GPUs that the run waits for, here before submitting, or in the run itself."""
+    prepare_partition: Words | None
+    """slurm: partition of the job that prepares; null: cluster.partition."""
+    wait: bool
+    """slurm: follow the run until it ends, and end with its exit code; false: return once it is submitted."""
 
 
 class CheckpointSection(Section):

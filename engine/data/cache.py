@@ -67,10 +67,9 @@ def prepare(
         from engine.data import dummy  # built on Samples
 
         return dummy.prepare(config, source)
-    own = {} if source.chat_template == "model" else {"chat_template": source.chat_template}
-    template = template_text(config.model.model_copy(update=own))
+    template = template_text(config.model.model_copy(update=_own_template(source)))
     source = source.model_copy(update={"revision": rows.hub_revision(source)})
-    key = _key(config, source, template)
+    key = _key(config, source, template, hub.tokenizer_folder(config.model))
     root = scratch if data.cache == "off" else cache_root(data.cache_dir)
     target = root / "tokenized" / key
     anew = data.cache != "use" and fresh is not None and key not in fresh
@@ -96,6 +95,35 @@ def prepare(
     if fresh is not None:
         fresh.add(key)
     return samples
+
+
+def find(config: RunConfig, source: SourceSection) -> Samples | None:
+    """Return the tokenised samples of a source as the cache has them, of the newest revision; None: it has none, or cannot tell.
+
+    Nothing is made or downloaded.
+    """
+    if source.path == DUMMY:
+        from engine.data import dummy
+
+        return dummy.made_up(config, source, vocabulary=1)  # whatever its tokens are
+    tokenizer = hub.known_tokenizer_folder(config.model)
+    if tokenizer is None or config.data.cache == "off":
+        return None
+    template = template_text(config.model.model_copy(update=_own_template(source)))
+    for entry in entries(cache_root(config.data.cache_dir)):
+        if entry.source.get("path") == source.path:
+            pinned = source.model_copy(update={"revision": entry.source["revision"]})
+            with suppress(UserError):  # damaged: a run makes it anew
+                if source.revision in (None, pinned.revision) and entry.folder.name == _key(
+                    config, pinned, template, tokenizer
+                ):
+                    return Samples(entry.folder)
+    return None
+
+
+def _own_template(source: SourceSection) -> dict[str, Any]:
+    """Return what a source changes of the recipe's model."""
+    return {} if source.chat_template == "model" else {"chat_template": source.chat_template}
 
 
 def _make(target: Path, config: RunConfig, source: SourceSection, template: str | None) -> None:
@@ -271,10 +299,9 @@ def _take(lock: int, target: Path, *, wait: bool) -> bool:
     return True
 
 
-def _key(config: RunConfig, source: SourceSection, template: str | None) -> str:
+def _key(config: RunConfig, source: SourceSection, template: str | None, tokenizer: Path) -> str:
     """Return the hash of all that can change a token, or how tokens are kept."""
     data, model = config.data, config.model
-    tokenizer = hub.tokenizer_folder(model)
     files = {f for f in Path(__file__).parent.glob("*.py") if f.stem not in NO_TOKENS}
     patterns = [*hub.TOKENIZER_FILES, "*.py"] if model.trust_remote_code else hub.TOKENIZER_FILES
     files |= {f for pattern in patterns for f in tokenizer.glob(pattern) if f.is_file()}

@@ -60,8 +60,12 @@ class DummySamples(Samples):
 
 def prepare(config: RunConfig, source: SourceSection) -> DummySamples:
     """Return made-up samples to train on, or fewer and others to validate on."""
+    return made_up(config, source, vocabulary=len(hub.load_tokenizer(config.model)))
+
+
+def made_up(config: RunConfig, source: SourceSection, *, vocabulary: int) -> DummySamples:
+    """Return the same for a tokenizer of so many tokens."""
     split = "val" if source.name == "validation" or source in config.data.validation else "train"
-    vocabulary = len(hub.load_tokenizer(config.model))
     return DummySamples(
         num_samples=min(NUM_SAMPLES[split], source.limit or NUM_SAMPLES[split]),
         length=config.data.max_length,

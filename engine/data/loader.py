@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from engine.config.schema import DataSection, max_tokens_per_micro_batch
 from engine.data.batch import collate_packed, collate_padded, with_reference
-from engine.data.plan import Assignment, Plan, assign, assign_padded, bin_costs, imbalance
+from engine.data.plan import Assignment, Plan, assign, assign_padded, bin_costs, imbalance, train_plan
 from engine.data.samples import DataSet
-from engine.errors import UserError
 from engine.types import MicroBatch
 
 
@@ -148,25 +147,7 @@ def train_loader(
     Raises:
         UserError: If the data does not fill one batch.
     """
-    plan = Plan(
-        sizes=data.sizes,
-        weights=data.weights,
-        names=[part.name for part in data.parts] if len(data.parts) > 1 else [""],
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=section.shuffle,
-        drop_last=section.drop_last,
-    )
-    for part, quota in zip(data.parts, plan.quotas, strict=True):
-        if not quota:
-            raise UserError(
-                f"data.train: an epoch has no place for a conversation of {part.name} (weight {part.weight}); raise its weight."
-            )
-    if not plan.steps_per_epoch:
-        raise UserError(
-            f"train.global_batch_size={batch_size} is more than the {sum(plan.quotas)} conversations of an epoch: "
-            f"lower it to {sum(plan.quotas)}, or set data.drop_last=false."
-        )
+    plan = train_plan(data, section, batch_size=batch_size, seed=seed)
     return _loader(data, plan, section, micro_batch_size, place)
 
 

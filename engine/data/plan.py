@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.config.schema import DataSection
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.data.samples import DataSet
 
 ROUNDS = 6
 
@@ -131,6 +138,40 @@ class Plan:
             found.append(permute(positions, size, key) if self.shuffle else positions.astype(np.int64))
             start += count
         return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def train_plan(data: DataSet, section: DataSection, *, batch_size: int, seed: int) -> Plan:
+    """Return the plan of the training data.
+
+    Args:
+        data: Tokenised samples.
+        section: The recipe's data.
+        batch_size: Conversations in a step, over all ranks.
+        seed: Of the order.
+
+    Raises:
+        UserError: If the data does not fill one batch, or one of its sources has no place in it.
+    """
+    plan = Plan(
+        sizes=data.sizes,
+        weights=data.weights,
+        names=[part.name for part in data.parts] if len(data.parts) > 1 else [""],
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=section.shuffle,
+        drop_last=section.drop_last,
+    )
+    for part, quota in zip(data.parts, plan.quotas, strict=True):
+        if not quota:
+            raise UserError(
+                f"data.train: an epoch has no place for a conversation of {part.name} (weight {part.weight}); raise its weight."
+            )
+    if not plan.steps_per_epoch:
+        raise UserError(
+            f"train.global_batch_size={batch_size} is more than the {sum(plan.quotas)} conversations of an epoch: "
+            f"lower it to {sum(plan.quotas)}, or set data.drop_last=false."
+        )
+    return plan
 
 
 def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.int64]:
