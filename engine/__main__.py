@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 
 from engine import executors
 from engine.config import compose
-from engine.errors import EXIT_DONE, EXIT_STOPPED, UserError, command
+from engine.errors import EXIT_DONE, UserError, command
 
 MULTIRUN, HELP, SHOW = {"-m", "--multirun"}, {"-h", "--help"}, {"--cfg"}
 
@@ -30,24 +28,17 @@ def main(words: list[str]) -> int:
     if SHOW & set(flags):
         print(compose.compose(compose.with_quickstart(overrides)).recipe, end="")
         return EXIT_DONE
-    return sweep(overrides) if MULTIRUN & set(flags) else run_one(overrides)
+    return run_sweep(overrides) if MULTIRUN & set(flags) else run_one(overrides)
 
 
 def run_one(overrides: list[str]) -> int:
     """Compose one recipe and run it; the quickstart of DPO begins with that of SFT, if there are no weights of it."""
     try:
         words = compose.with_quickstart(overrides)
-        if compose.needs_quickstart(words):
-            if {"RANK", "SLURM_PROCID"} & set(os.environ):
-                raise UserError(
-                    "DPO's quickstart starts from the quickstart's weights, and there are none here; run python -m engine first."
-                )
-            print("no quickstart has been run here, whose weights DPO starts from: running it first\n", flush=True)
-            code = run_one([])
-            if code != EXIT_DONE:
-                return code
-            print("\nnow DPO, from these weights\n", flush=True)
-            words = compose.with_quickstart(overrides)
+        code = _quickstart_first(words)
+        if code != EXIT_DONE:
+            return code
+        words = compose.with_quickstart(overrides)
         composed = compose.compose(words)
     except UserError as error:  # every rank that a launcher has started sees it; the first one says it
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -61,42 +52,31 @@ def run_one(overrides: list[str]) -> int:
     return executors.choose(composed.config.cluster).run(composed.config, composed.recipe)
 
 
-def sweep(overrides: list[str]) -> int:
-    """Run every combination of the swept values, one after another, each in a process and folder of its own.
+def run_sweep(overrides: list[str]) -> int:
+    """Run, or submit, every combination of the swept values."""
+    from engine.sweep.start import start
 
-    The folder of the sweep is ``run.dir``, or a fresh one; its points are ``000``, ``001``, ….
+    code = _quickstart_first(compose.with_quickstart(overrides))
+    return start(overrides) if code == EXIT_DONE else code
+
+
+def _quickstart_first(words: list[str]) -> int:
+    """Run the quickstart where words that ``with_quickstart`` returned lack its weights, and return its exit code.
+
+    Raises:
+        UserError: On ranks that a launcher has started, which would all run it.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    points = BasicSweeper.split_arguments(compose.parse(compose.swept(overrides)), max_batch_size=None)[0]
-    points = [compose.with_quickstart(list(point)) for point in points]
-    recipes = [compose.compose(point) for point in points]
-    if any(recipe.config.cluster.name == "env" for recipe in recipes):
-        raise UserError("-m: cluster=env runs one recipe on the ranks that are there; start a command for each point.")
-    root = recipes[0].config.run.dir
-    worst = EXIT_DONE
-    for number, point in enumerate(points):
-        folder = f"{root}/{number:03d}"
-        words = [w for w in point if not w.startswith("run.dir=")]
-        varying = [w for w in words if any(w not in other for other in points)]
-        print(f"{folder}: {' '.join(varying)}", flush=True)
-        code = _run_child([sys.executable, "-m", "engine", *words, f"run.dir={folder}"])
-        if code == EXIT_STOPPED:
-            return code
-        worst = worst or code
-    return worst
-
-
-def _run_child(command: list[str]) -> int:
-    """Run one point of a sweep; signals that ask to stop are its to answer."""
-    child = subprocess.Popen(command)
-    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    before = {n: signal.signal(n, lambda number, frame: child.send_signal(number)) for n in asked}
-    try:
-        return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if not compose.needs_quickstart(words):
+        return EXIT_DONE
+    if {"RANK", "SLURM_PROCID"} & set(os.environ):
+        raise UserError(
+            "DPO's quickstart starts from the quickstart's weights, and there are none here; run python -m engine first."
+        )
+    print("no quickstart has been run here, whose weights DPO starts from: running it first\n", flush=True)
+    code = run_one([])
+    if code == EXIT_DONE:
+        print("\nnow DPO, from these weights\n", flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engine.columns import columns
 from engine.data import cache
 from engine.data.cache import Entry
 from engine.errors import EXIT_DONE, EXIT_ERROR, Parser, UserError, command
@@ -45,13 +46,8 @@ def show(options: argparse.Namespace) -> int:
             rows.append((_key(entry), s.format, *counts, *made, _short(_path(entry))))
         else:
             rows.append((_key(entry), "–", "–", "–", "–", *made, "unfinished: left by a crash, or being written"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in (0, 1, len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    for line in columns(rows, left={0, 1, -1}):
+        print(line)
     print(f"{_entries(len(found))}, {_size(_total(found))} in {root}")
     return EXIT_DONE
 

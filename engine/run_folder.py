@@ -31,6 +31,7 @@ RESUMABLE = {
     "data.num_workers",
     "data.revision",
     "run.probe",
+    "run.prepare_only",
     "run.record_memory",
     "run.profile_steps",
     "backend.torch",
@@ -46,6 +47,9 @@ RESUMABLE = {
 }
 """Keys, and groups, that may differ between a run and its continuation: the horizon, and what changes no figure."""
 
+LOCK = ".lock"
+"""The file that a live run, or sweep, has locked in its folder."""
+
 
 class RunFolder:
     """The folder of a run, locked by the one process that writes what the run has once.
@@ -54,13 +58,13 @@ class RunFolder:
         config: The recipe.
         recipe: Its re-runnable text.
         lock: Name of the lock file; None on the ranks that do not write.
-        wait_s: How long an earlier holder may take to go away.
+        wait_s: How long an earlier holder may take to go away; one who only looks whether there is a holder is soon gone.
 
     Raises:
         UserError: If the folder is in use, not writable, or holds another recipe's run.
     """
 
-    def __init__(self, config: RunConfig, recipe: str, lock: str | None = ".lock", wait_s: float = 0.0) -> None:
+    def __init__(self, config: RunConfig, recipe: str, lock: str | None = LOCK, wait_s: float = 1.0) -> None:
         self.path = Path(config.run.dir).expanduser().absolute()
         self.lora, self.pretrained = config.model.lora, config.model.init == "pretrained"
         self._lock: TextIO | None = None
@@ -75,7 +79,7 @@ class RunFolder:
             ) from error
         self.recipe = recipe
         try:
-            self._take_lock(self._lock, time.monotonic() + wait_s)
+            take_lock(self._lock, self.path, wait_s)
             self._check_recipe(config)
         except UserError:
             self.release()
@@ -221,27 +225,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def _take_lock(self, lock: TextIO, deadline: float) -> None:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(
-                        f"run.dir={self.path}: its file system has no locks ({error.strerror}); choose a folder on another one."
-                    ) from error
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    owner = lock.read().strip() or "another process"
-                    raise UserError(
-                        f"run.dir={self.path}: in use by {owner}; wait for it, stop it, or choose another folder."
-                    ) from error
-            time.sleep(0.2)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-
     def _check_recipe(self, config: RunConfig) -> None:
         if not checkpoint.all_in(self.checkpoints):
             return
@@ -253,6 +236,51 @@ class RunFolder:
         aside = self.path / f".{name}.tmp"
         aside.write_text(text)
         os.replace(aside, self.path / name)
+
+
+def take_lock(lock: TextIO, folder: Path, wait_s: float = 0.0) -> None:
+    """Lock a folder's open lock file, and write into it who has it.
+
+    Args:
+        lock: The file.
+        folder: The folder, for the sentences.
+        wait_s: How long another holder may take to go away.
+
+    Raises:
+        UserError: If another process has it, or the file system has no locks.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"run.dir={folder}: its file system has no locks ({error.strerror}); choose a folder on another one."
+                ) from error
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                raise UserError(
+                    f"run.dir={folder}: in use by {owner}; wait for it, stop it, or choose another folder."
+                ) from error
+        time.sleep(0.2)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+
+
+def is_live(folder: Path) -> bool:
+    """Tell whether a process has the folder of a run locked, on this machine or on one that shares the file system's locks."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 def difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -176,8 +176,9 @@ class Trainer:
                 self._agree(stop)
             if self._due(config.checkpoint.hf_period):
                 self._export(state.step)
-        if not state.total_steps:
-            return EXIT_DONE  # algorithm.max_num_steps=0 validates, and trains nothing to keep
+        if not state.total_steps:  # algorithm.max_num_steps=0 validates, and trains nothing to keep
+            self.console.say("done: there were no steps to train")
+            return EXIT_DONE
         if self._saved_step != state.step:
             self._save()
         self._publish_checkpoint()

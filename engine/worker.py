@@ -17,6 +17,7 @@ from engine.config.model_folder import check_reference, read_config
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
 from engine.data import report
 from engine.data.assemble import Data, Made, assemble
+from engine.data.cache import cache_root
 from engine.data.loader import Loader, train_loader, val_loader
 from engine.data.samples import DataSet
 from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, RunError, UserError
@@ -139,6 +140,9 @@ def _run(
     ranks.first(lambda: checkpoints.check_space(backend))
     if objective.needs_reference and held is None:  # the weights as they are now: those of a checkpoint come later
         timings = attached(config, lock["weights"], lambda: backend)
+    if config.run.prepare_only:
+        console.say(f"done: all that training waits for is in {cache_root(config.data.cache_dir)}")
+        return EXIT_DONE
     ranks.first(lambda: folder.cut_metrics(state.step if source is not None else -1))
     if source is not None:
         ranks.together(lambda: backend.load(source))

@@ -15,6 +15,7 @@ from engine.config import compose, places, schema
 HEAD = """\
 Usage: python -m engine [group=choice …] [key=value …]        run
        python -m engine -m key=value,value … [run.dir=DIR]    run every combination
+       python -m engine.sweep DIR                             see where the runs of a sweep stand
        python -m engine --cfg …                               show the recipe that would run
        python -m engine.preview [--out FILE.html] …           see the first examples as the model will
        python -m engine.report DIR… [--out FILE.html]         compare runs, and the points of sweeps, on a page

@@ -57,6 +57,8 @@ class RunSection(Section):
     """Record the device's allocations and write torch's memory snapshot of every rank to run.dir/memory."""
     profile_steps: tuple[Count, Count] | None
     """First and last step that torch.profiler traces to run.dir/profile; null: none."""
+    prepare_only: bool
+    """End where training would begin, with the data tokenised and the reference's log-probabilities in data.cache_dir."""
 
 
 class LoraSection(Section):

@@ -255,7 +255,7 @@ def test_signal_to_a_sweep_reaches_its_run(base: list[str], tmp_path: Path, engi
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
-    assert list((tmp_path / "000" / "checkpoints").glob("step_*")) and not (tmp_path / "001").exists()
+    assert list((tmp_path / "000" / "checkpoints").glob("step_*")) and not (tmp_path / "001" / "log.txt").exists()
 
 
 def test_resume_from_a_run_of_another_recipe_or_an_older_checkpoint_is_refused(base: list[str], tmp_path: Path) -> None:

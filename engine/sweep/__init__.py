@@ -1,0 +1,1 @@
+"""Sweeps, ``-m``: what they run (``points``), where their runs stand (``status``), and how they are run (``start``, ``pool``)."""
