@@ -44,10 +44,19 @@ PASSED_ON = ("NCCL_", "GLOO_", "TORCH", "PYTHONPATH")
 HANDED_OVER = ("ANNEAL_", "HF_", "WANDB_", "MLFLOW_", "OMP_NUM_THREADS")
 """Those that the ranks get once they run: a cluster shows anyone what it starts processes with, and there are keys among these."""
 END = "end"
+SCRATCH = ".ray-"
+"""How the names of folders begin in which Ray Train keeps what it needs during a run."""
 
 
 class RayExecutor:
-    """Runs every rank in a Ray Train worker."""
+    """Runs every rank in a Ray Train worker.
+
+    Args:
+        wait_s: How long an earlier driver of the run may take to let go of its folder.
+    """
+
+    def __init__(self, wait_s: float = 0.0) -> None:
+        self.wait_s = wait_s
 
     def run(self, config: RunConfig, recipe: str) -> int:
         """Run the ranks, replace lost ones, and return the run's exit code.
@@ -55,7 +64,9 @@ class RayExecutor:
         Raises:
             RunError: With the first cause, once.
         """
-        folder = RunFolder(config, recipe)
+        folder = RunFolder(config, recipe, wait_s=self.wait_s)
+        for scratch in folder.path.glob(f"{SCRATCH}*"):  # of a driver that was killed
+            rmtree(scratch, ignore_errors=True)
         console = metrics.console(config.logger, folder.path, main=True)
         try:
             folder.resume_from(config)
@@ -97,7 +108,7 @@ class Driver:
     def run(self) -> int:
         """Run the ranks to the end, on as many Rays as it takes."""
         before = self._catch_signals()
-        scratch = self.folder.path / f".ray-{uuid.uuid4().hex[:8]}"
+        scratch = self.folder.path / f"{SCRATCH}{uuid.uuid4().hex[:8]}"
         try:
             while True:
                 try:
