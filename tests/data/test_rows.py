@@ -22,6 +22,7 @@ import pytest
 from chat_fixtures import CHATML_GENERATION, byte_plain
 
 from engine import cache as command
+from engine import hub
 from engine.config import sources
 from engine.config.compose import compose
 from engine.config.schema import RunConfig
@@ -612,7 +613,7 @@ def test_files_of_the_tokenizer_in_the_key(tmp_path: Path, cache_dir: Path) -> N
 
     def key(*words: str) -> str:
         config = config_of(file, cache_dir, f"model.tokenizer={tokenizer}", *words)
-        return cache._key(config, sources.of(config.data, "train")[0], None)
+        return cache._key(config, sources.of(config.data, "train")[0], None, hub.tokenizer_folder(config.model))
 
     keys = [key()]
     for name, text in (
@@ -653,7 +654,7 @@ def test_the_code_of_a_reader_in_the_key(tmp_path: Path, cache_dir: Path, monkey
 
     def key(name: str) -> str:
         config = config_of(file, cache_dir, f"data.reader=reader_named:{name}")
-        return cache._key(config, sources.of(config.data, "train")[0], None)
+        return cache._key(config, sources.of(config.data, "train")[0], None, hub.tokenizer_folder(config.model))
 
     before, other = key("read"), key("other")
     with (tmp_path / "reader_defined.py").open("a") as stream:

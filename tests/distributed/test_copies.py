@@ -41,6 +41,9 @@ class Counting:
             [-labels[a:b].sum() / 97 for a, b in zip(bounds, bounds[1:], strict=False)] or [torch.zeros(0)]
         )
 
+    def score(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self.sequence_logprobs(batch) for batch in batches]
+
     def train_step(self, batches: Sequence[MicroBatch], objective: Any, global_units: float, lr: float) -> StepMetrics:
         self.units.append(global_units)
         return StepMetrics(loss=torch.tensor(1.0))
