@@ -223,4 +223,4 @@ def test_every_parameter_is_in_the_table() -> None:
             self.unheard_of = nn.Parameter(torch.zeros(3))
 
     with pytest.raises(KeyError):
-        parts.held([Chunk()], TABLE["llama"], {}, config=SimpleNamespace(), rank=0, ranks=1)
+        parts.held([Chunk()], TABLE["llama"], {}, config=SimpleNamespace(), tensor=None, expert=None)
