@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from engine.ranks import Ranks
 from engine.reference.attach import attach
 from engine.train import Counts
 
+F = TypeVar("F", bound=Callable[..., Any])
 TOLERANCE = 1e-5
 """Float32: sums of the same terms in another order."""
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -64,6 +67,21 @@ def leave(ranks: Ranks) -> None:
             dist.destroy_process_group(group)
 
 
+def in_a_layout_of_its_own(work: F) -> F:
+    """Begin and end a function of ranks without a layout: groups that stay have threads, which cost other tests their time."""
+
+    @functools.wraps(work)
+    def done(ranks: Ranks, *args: Any, **options: Any) -> Any:
+        leave(ranks)
+        try:
+            return work(ranks, *args, **options)
+        finally:
+            gc.collect()
+            leave(ranks)
+
+    return done  # type: ignore[return-value]
+
+
 def loader_of(config: RunConfig, ranks: Ranks) -> Loader:
     layout = Layout.of(config.backend, ranks.size)
     return train_loader(
@@ -79,17 +97,17 @@ def loader_of(config: RunConfig, ranks: Ranks) -> Loader:
     )
 
 
+@in_a_layout_of_its_own
 def train(
     ranks: Ranks,
     overrides: Sequence[str],
     steps: Sequence[int] = range(4),
     *,
     resume: Path | None = None,
-    save: Path | None = None,
+    save: tuple[int, Path] | None = None,
     export: Path | None = None,
 ) -> dict[str, Any]:
-    """Train some steps, after a checkpoint where one is given, and return losses and norms."""
-    leave(ranks)
+    """Train some steps, after a checkpoint where one is given, and return losses and norms; save after so many steps."""
     config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend = backends.build(config, ranks)
@@ -108,9 +126,9 @@ def train(
         found["norms"].append(float(result.grad_norm))
         found["sums"].append({name: float(x) for name, x in result.sums.items()})
         found["micro_batches"].append(len(batches))
-    if save is not None:
-        backend.snapshot(copy=False)(save)
-        ranks.gather(None)
+        if save is not None and save[0] == step + 1:
+            backend.snapshot(copy=False)(save[1])
+            ranks.gather(None)
     if export is not None:
         backend.export(export if ranks.main else None)
         ranks.gather(None)
@@ -138,9 +156,9 @@ def precision(backend: Any, config: RunConfig) -> dict[str, Any]:
     return {"masters": masters, "parameters": types, "rounded_masters": rounded}
 
 
+@in_a_layout_of_its_own
 def train_with_a_bad_step(ranks: Ranks, overrides: Sequence[str]) -> dict[str, Any]:
     """Train three steps, the second of a loss that is not finite, and look at the parameters around it."""
-    leave(ranks)
     config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend: Any = backends.build(config, ranks)
@@ -153,9 +171,9 @@ def train_with_a_bad_step(ranks: Ranks, overrides: Sequence[str]) -> dict[str, A
     return {"skipped": skipped, "unchanged": unchanged and changed}
 
 
+@in_a_layout_of_its_own
 def evaluate(ranks: Ranks, overrides: Sequence[str]) -> dict[str, float]:
     """Return the loss over all of an epoch before any training."""
-    leave(ranks)
     config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend = backends.build(config, ranks)
@@ -163,12 +181,13 @@ def evaluate(ranks: Ranks, overrides: Sequence[str]) -> dict[str, float]:
     return {"loss": float(result.loss), "units": result.units}
 
 
+@in_a_layout_of_its_own
 def answers(ranks: Ranks, overrides: Sequence[str], conversations: Any) -> list[str]:
     """Return greedy answers."""
-    leave(ranks)
     return backends.build(compose(list(overrides)).config, ranks).generate(conversations, 12)
 
 
+@in_a_layout_of_its_own
 def loaded(ranks: Ranks, overrides: Sequence[str], export: Path, ids: Tensor) -> Tensor:
     """Load and export a model, and return the log-probabilities of a document's tokens."""
     import numpy as np
@@ -176,7 +195,6 @@ def loaded(ranks: Ranks, overrides: Sequence[str], export: Path, ids: Tensor) ->
     from engine.data.batch import collate_packed
     from engine.types import Sample
 
-    leave(ranks)
     config = compose(list(overrides)).config
     backend: Any = backends.build(config, ranks)
     backend.export(export if ranks.main else None)

@@ -33,18 +33,17 @@ def half(
     """Return a checkpoint after two steps in a layout, and what four steps gave there."""
 
     def make(layout: str, *more: str) -> tuple[Path, dict[str, Any]]:
-        recipe, pool = recipes("sft", *in_layout(layout), *more), ranks[LAYOUTS[layout][0]]
-        whole = pool(megatron_ranks.train, recipe)[0]
         folder = tmp_path / "checkpoint"
         folder.mkdir()
-        pool(saved_after_two, recipe, folder)
+        pool = ranks[LAYOUTS[layout][0]]
+        whole = pool(saved_on_the_way, recipes("sft", *in_layout(layout), *more), folder)[0]
         return folder, whole
 
     return make
 
 
-def saved_after_two(ranks: Ranks, recipe: list[str], folder: Path) -> None:
-    megatron_ranks.train(ranks, recipe, range(2), save=folder)
+def saved_on_the_way(ranks: Ranks, recipe: list[str], folder: Path) -> dict[str, Any]:
+    return megatron_ranks.train(ranks, recipe, save=(2, folder))
 
 
 def resumed(ranks: Ranks, recipe: list[str], folder: Path) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def test_a_run_moves_between_backends_through_hf(
     finished(
         engine_process(long_run(tmp_path / "torch", *one_more, "backend=torch", "backend.tensor_parallel=null", *local))
     )
-    finished(engine_process(long_run(tmp_path / "again", *one_more)))
+    finished(engine_process(long_run(tmp_path / "again", *one_more, "backend.tensor_parallel=1", *local)))
     ours, theirs = (read_metrics(tmp_path / name)[0] for name in ("again", "torch"))
     assert close([ours["train/loss"], ours["train/grad_norm"]], [theirs["train/loss"], theirs["train/grad_norm"]])
     back = engine_process(

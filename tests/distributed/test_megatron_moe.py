@@ -160,6 +160,7 @@ def by_megatron(recipe: Recipe, pools: dict[int, RankPool], tmp_path_factory: py
     return functools.cache(of)
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def outcome(ranks: Ranks, sft: RunConfig, dpo: RunConfig, folder: Path | None) -> Outcome:
     """Write the weights as they were read, score, and train."""
     backend = built(ranks, sft)
@@ -293,6 +294,7 @@ def test_experts_are_read_one_by_one(
         assert len(reads) == (0 if ".experts." not in name else 4 if "gate_up" in name else 2)
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def read_and_written(ranks: Ranks, config: RunConfig, folder: Path) -> None:
     """Write the weights as they were read, by slices."""
     with mock.patch.object(hf_model, "load", None):
@@ -322,6 +324,7 @@ def test_fused_files_are_read_too(
     assert_same_files(folders["mixtral"], out)
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def saved(ranks: Ranks, config: RunConfig, folder: Path) -> list[tuple[float, float]]:
     """Write a checkpoint after two steps, and return what the next two find."""
     backend = built(ranks, config)
@@ -331,6 +334,7 @@ def saved(ranks: Ranks, config: RunConfig, folder: Path) -> list[tuple[float, fl
     return stepped(ranks, config, backend, range(2, 4))
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def resumed(ranks: Ranks, config: RunConfig, folder: Path) -> list[tuple[float, float]]:
     """Return what two steps find after a checkpoint."""
     backend = built(ranks, config)
@@ -355,6 +359,7 @@ def test_a_checkpoint_is_read_in_any_layout(
         torch.testing.assert_close(torch.tensor(found), torch.tensor(by_torch(model).sft[2:]), rtol=TOLERANCE, atol=0)
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def refusal(ranks: Ranks, config: RunConfig) -> str:
     """Return what is said instead of building the backend."""
     with pytest.raises(UserError) as error:

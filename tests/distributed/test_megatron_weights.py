@@ -150,13 +150,13 @@ def test_a_large_model_is_written_in_several_files(
     assert all(torch.equal(x, loaded[name]) for name, x in source.items())
 
 
+@megatron_ranks.in_a_layout_of_its_own
 def read_with_a_watch(ranks: Ranks, recipe: list[str]) -> tuple[int, int, int]:
     """Load a model, and return the bytes of this rank's parameters, of the largest, and of the most that was held beside them."""
     from engine import backends
     from engine.backends.megatron import parts
     from engine.config.compose import compose
 
-    megatron_ranks.leave(ranks)
     beside, most = [0], [0]
     plain, write = torch.zeros, parts.Part.write
 

@@ -252,6 +252,7 @@ class MegatronBackend:
         ends = hf_model.end_tokens(self.lm, tokenizer)
         open_ones = list(range(len(known)))
         for _ in range(max_new_tokens):
+            open_ones.sort(key=lambda i: len(known[i]))  # neighbours of one length share a call in attention
             batches = [
                 rows.to_predict([known[i] for i in part]) for part in rows.together([known[i] for i in open_ones])
             ]
