@@ -253,9 +253,8 @@ class MegatronBackend:
         open_ones = list(range(len(known)))
         for _ in range(max_new_tokens):
             open_ones.sort(key=lambda i: len(known[i]))  # neighbours of one length share a call in attention
-            batches = [
-                rows.to_predict([known[i] for i in part]) for part in rows.together([known[i] for i in open_ones])
-            ]
+            asked = [known[i] for i in open_ones]
+            batches = [rows.to_predict([asked[i] for i in part]) for part in rows.together(asked)]
             found = self._shared(self._ask(batches, self.head.best), [len(b.labels_N) for b in batches], torch.int64)
             for i, token in zip(open_ones, torch.cat(found).tolist(), strict=True):
                 known[i].append(token)
