@@ -24,7 +24,7 @@ import yaml
 import engine
 from engine.config.compose import parse
 from engine.errors import UserError
-from engine.run_folder import LOCK, RunFolder
+from engine.run_folder import LOCK, RunFolder, is_live
 from engine.sweep import pool, start, status
 from engine.sweep.points import Point, Record, points
 from tests.conftest import ROOT, read_metrics
@@ -232,7 +232,12 @@ def test_look_at_a_folder_does_not_keep_a_run_out(words: list[str], tmp_path: Pa
     with (point.folder / LOCK).open("a+") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.3, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
-        RunFolder(point.config, point.recipe).release()
+        started = time.monotonic()
+        folder = RunFolder(point.config, point.recipe)  # which would refuse a folder that another run holds
+        assert time.monotonic() - started >= 0.2  # it has waited for the look to end
+        assert is_live(point.folder)
+        folder.release()
+        assert not is_live(point.folder)
 
 
 @pytest.mark.parametrize(
