@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.columns import columns
 from engine.data import cache
 from engine.data.cache import Entry
-from engine.errors import EXIT_DONE, EXIT_ERROR, Parser, UserError, command
+from engine.errors import EXIT_DONE, EXIT_ERROR, Parser, UserError, command, run_command
 from engine.reference import store
 
 HELP = """\
@@ -223,13 +223,7 @@ def _parser(command: str) -> Parser:
 @command
 def main(words: list[str]) -> int:
     """Run the command line."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return EXIT_DONE if words else UserError.exit_code
-    chosen = words[0]
-    if chosen not in COMMANDS:
-        raise UserError(f"{chosen}: no such command; there are {', '.join(COMMANDS)}.")
-    return COMMANDS[chosen](_parser(chosen).parse_intermixed_args(words[1:]))
+    return run_command(words, HELP, COMMANDS, _parser)
 
 
 if __name__ == "__main__":

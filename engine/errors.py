@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 EXIT_DONE, EXIT_ERROR, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
@@ -51,3 +51,29 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
             return EXIT_ERROR
 
     return run
+
+
+def run_command(
+    words: list[str],
+    help_text: str,
+    commands: Mapping[str, Callable[[argparse.Namespace], int]],
+    parser: Callable[[str], Parser],
+) -> int:
+    """Run one of several commands, ``python -m engine.NAME COMMAND …``, and return its exit code.
+
+    Args:
+        words: The command, and what is for it.
+        help_text: What is shown without a command.
+        commands: By name.
+        parser: Returns the parser of a command's words.
+
+    Raises:
+        UserError: For a command that is not there.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text, end="")
+        return EXIT_DONE if words else EXIT_USER_ERROR
+    chosen = words[0]
+    if chosen not in commands:
+        raise UserError(f"{chosen}: no such command; there are {', '.join(commands)}.")
+    return commands[chosen](parser(chosen).parse_intermixed_args(words[1:]))

@@ -16,7 +16,7 @@ from engine import receipt
 from engine.config import compose, layout, places, repository
 from engine.config.places import RECIPE_LOCK, Library
 from engine.config.schema import RunConfig
-from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_USER_ERROR, Parser, UserError, command
+from engine.errors import EXIT_DONE, EXIT_ERROR, EXIT_USER_ERROR, Parser, UserError, command, run_command
 
 HELP = """\
 Usage: python -m engine.recipes list                          recipes and shared groups, and where they come from
@@ -343,13 +343,7 @@ def _parser(name: str) -> Parser:
 @command
 def main(words: list[str]) -> int:
     """Run the command line."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return EXIT_DONE if words else EXIT_USER_ERROR
-    chosen = words[0]
-    if chosen not in COMMANDS:
-        raise UserError(f"{chosen}: no such command; there are {', '.join(COMMANDS)}.")
-    return COMMANDS[chosen](_parser(chosen).parse_intermixed_args(words[1:]))
+    return run_command(words, HELP, COMMANDS, _parser)
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def test_flops_with_a_frozen_base_against_what_torch_counts(words: Any, tmp_path
     with FlopCounterMode(display=False) as counter:
         backend.lm(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False).logits.sum().backward()
     counts = {"num_tokens": length, "num_trained_tokens": length, "squared_lengths": 2 * length**2}
-    expected = flops.train_flops(**counts, **backend.measure._model)
+    expected = flops.train_flops(**counts, **backend.utilization._model)
     first = (
         2 * length * 32 * (32 + 16 + 16 + 3 * 4)
     )  # q, k, v of the first layer, and A: what they read asks for no gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -83,12 +84,12 @@ def _resolve(choice: str, present: Collection[str], *, deterministic: bool) -> s
 
 def _complete(name: str, device: torch.device, *, auto: bool) -> PackedAttention:
     """Return an implementation that, if chosen by ``auto``, leaves to our own what it lacks, and else refuses it."""
-    flash3 = _flash_package(device) == "flash_attn_interface"
+    flash = _flash_package(device)
     known: dict[str, tuple[PackedAttention, set[str]]] = {
         "sdpa": (packed_attention_sdpa, set()),
         "triton": (packed_attention, {"dropout"}),
         "varlen": (_varlen, {"dropout", "softcap"}),
-        "flash_attention": (_flash3, {"dropout"}) if flash3 else (_flash2, set()),
+        "flash_attention": (_flash(flash), set() if flash == "flash_attn" else {"dropout"}),
     }
     attend, lacks = known[name]
 
@@ -168,40 +169,27 @@ class _Varlen(NamedTuple):
         return cls(k, v, on_device(cu_seqlens), on_device(edges), longest(cu_seqlens), longest(edges))
 
 
-def _flash2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Any,
-    *,
-    shared: Any,
-    dropout: float,
-    edges_k: Any = None,
-    **options: Any,
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+def _flash(package: str) -> PackedAttention:
+    """Return FlashAttention-3 (``flash_attn_interface``), which drops nothing, or -2 (``flash_attn``)."""
 
-    documents = _Varlen.of(k, v, cu_seqlens, shared, edges_k)
-    out: Tensor = flash_attn_varlen_func(q, *documents, dropout_p=dropout, **_flash_options(**options))
-    return out
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Any,
+        *,
+        shared: Any,
+        dropout: float,
+        edges_k: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        kernel = importlib.import_module(package).flash_attn_varlen_func
+        dropped = {"dropout_p": dropout} if package == "flash_attn" else {}
+        out = kernel(q, *_Varlen.of(k, v, cu_seqlens, shared, edges_k), **dropped, **_flash_options(**options))
+        first: Tensor = out[0] if isinstance(out, tuple) else out  # -3's first releases return the log-sum-exp too
+        return first
 
-
-def _flash3(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Any,
-    *,
-    shared: Any,
-    dropout: float,
-    edges_k: Any = None,
-    **options: Any,
-) -> Tensor:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    out = flash_attn_varlen_func(q, *_Varlen.of(k, v, cu_seqlens, shared, edges_k), **_flash_options(**options))
-    first: Tensor = out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp too
-    return first
+    return attend
 
 
 def _flash_options(*, scale: float | None, window: int | None, softcap: float | None) -> dict[str, Any]:

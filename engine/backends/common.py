@@ -94,7 +94,7 @@ def check_model(lm: Any, config: RunConfig) -> None:
 
 
 class Utilization:
-    """What share of the devices' peak a step has used.
+    """What share of the devices' peak a step has used; a backend's ``utilization`` is one of these.
 
     Args:
         lm: The transformers model, or its skeleton.
@@ -106,7 +106,7 @@ class Utilization:
     def __init__(self, lm: Any, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
         self.lm, self.device, self.dtype, self.ranks = lm, device, dtype, ranks
 
-    def share(self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float) -> float | None:
+    def __call__(self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float) -> float | None:
         """Return the utilisation (``flops.train_flops``); None without a known peak; see ``types.Backend.utilization``."""
         if self._peak is None:
             return None

@@ -104,7 +104,7 @@ class TorchBackend:
         common.check_model(self.lm, config)
         self.no_liger = liger.why_not(config.model.liger, self.device, self.lm.config)
         self.weights = self._sharded() if sharded else self._replicated()
-        self.measure = common.Utilization(self.lm, self.device, self.dtype, ranks.size)
+        self.utilization = common.Utilization(self.lm, self.device, self.dtype, ranks.size)
         self.adapted = list(lora.layers(self.lm).values()) if config.model.lora.enabled else []
         if not train:
             return
@@ -263,14 +263,6 @@ class TorchBackend:
                 torch.cuda.set_rng_state(state[f"rng/cuda/{self.ranks.rank}"], self.device)
         else:
             torch.manual_seed(hash((self.config.run.seed, int(state["optimizer/step"][0]), self.ranks.rank)))
-
-    def utilization(
-        self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float
-    ) -> float | None:
-        """Return the model FLOPs utilisation of a step over all devices; None without a known peak."""
-        return self.measure.share(
-            tokens=tokens, trained_tokens=trained_tokens, squared_lengths=squared_lengths, seconds=seconds
-        )
 
     @property
     def kernels(self) -> str | None:

@@ -182,9 +182,12 @@ def evaluate(ranks: Ranks, overrides: Sequence[str]) -> dict[str, float]:
 
 
 @in_a_layout_of_its_own
-def answers(ranks: Ranks, overrides: Sequence[str], conversations: Any) -> list[str]:
-    """Return greedy answers."""
-    return backends.build(compose(list(overrides)).config, ranks).generate(conversations, 12)
+def answers(ranks: Ranks, overrides: Sequence[str], conversations: Any, ends: list[int]) -> list[str]:
+    """Return greedy answers, which end with any of some tokens."""
+    backend: Any = backends.build(compose(list(overrides)).config, ranks)
+    backend.lm.generation_config.eos_token_id = ends
+    found: list[str] = backend.generate(conversations, 12)
+    return found
 
 
 @in_a_layout_of_its_own

@@ -87,9 +87,11 @@ def test_evaluation_is_that_of_the_torch_backend(
 def test_answers_are_those_of_transformers(
     layout: str, recipes: Callable[..., list[str]], ranks: dict[int, RankPool]
 ) -> None:
-    conversations = [[{"role": "user", "content": text}] for text in ("hello", "question 3 why why ?", "x")]
-    expected = ranks[1](megatron_ranks.answers, recipes("sft"), conversations)[0]
-    found = ranks[LAYOUTS[layout][0]](megatron_ranks.answers, recipes("sft", *in_layout(layout)), conversations)
+    texts = ("hello", "question 3 why why ?", "x", "answer 4 because", "and then, what came of it?", "why")
+    asked = [[{"role": "user", "content": text}] for text in texts], list(range(0, 256, 3))
+    expected = ranks[1](megatron_ranks.answers, recipes("sft"), *asked)[0]
+    assert len({len(answer) for answer in expected}) > 2  # some end long before others
+    found = ranks[LAYOUTS[layout][0]](megatron_ranks.answers, recipes("sft", *in_layout(layout)), *asked)
     assert found == [expected] * LAYOUTS[layout][0]
 
 

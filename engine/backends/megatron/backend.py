@@ -67,7 +67,7 @@ class MegatronBackend:
             vocabulary=self.lm.config.vocab_size,
             workspace_mb=common.WORKSPACE_MB[self.device.type],
         )
-        self.measure = common.Utilization(self.lm, self.device, self.dtype, ranks.size)
+        self.utilization = common.Utilization(self.lm, self.device, self.dtype, ranks.size)
         self.weights = Weights(config, self.lm, family, self.core, self.chunks, ranks)
         self.write_group = dist.new_group(
             backend="gloo", timeout=PATIENCE
@@ -204,14 +204,6 @@ class MegatronBackend:
             self._set_random_state(rest)
         else:
             torch.manual_seed(hash((self.config.run.seed, int(rest["optimizer/step"][0]), self.ranks.rank)))
-
-    def utilization(
-        self, *, tokens: float, trained_tokens: float, squared_lengths: float, seconds: float
-    ) -> float | None:
-        """Return the model FLOPs utilisation of a step over all devices; None without a known peak."""
-        return self.measure.share(
-            tokens=tokens, trained_tokens=trained_tokens, squared_lengths=squared_lengths, seconds=seconds
-        )
 
     @property
     def kernels(self) -> str | None:
