@@ -207,7 +207,7 @@ class RayNodes:
     def __init__(self, job: Job, cluster: ClusterSection) -> None:
         self.job = job
         self.address = f"{_address(job.nodes)}:{_port(int(job.id))}"
-        self._folder = Path(f"/tmp/anneal-{os.getuid()}") / job.id
+        self._folder = Path(f"/tmp/anneal-{os.getuid()}") / f"{job.id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         self._srun, self._ray = options(cluster, len(job.nodes))
         self._steps: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -6,6 +6,7 @@ srun closes a step's standard input when the process that has started it ends, h
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -46,7 +47,7 @@ def main(words: list[str]) -> int:
     if folder.parent.stat().st_uid != os.getuid():
         print(f"{folder.parent} belongs to another user; have it removed from {socket.gethostname()}.", file=sys.stderr)
         return 1
-    folder.mkdir(mode=0o700, exist_ok=True)
+    claim(folder)
     try:
         started = subprocess.run(
             [*command(address, kind, folder), *options],
@@ -63,8 +64,25 @@ def main(words: list[str]) -> int:
     finally:
         end_descendants()
         rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another job of the user's has its own in there
-            folder.parent.rmdir()
+
+
+def claim(folder: Path) -> None:
+    """Make a folder that is this process's as long as it lives, and remove those beside it whose process was killed."""
+    alone = _hold(folder.parent)
+    for other in folder.parent.iterdir():
+        with suppress(BlockingIOError, FileNotFoundError):  # it is in use, or just being removed
+            _hold(other, fcntl.LOCK_NB)
+            rmtree(other, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    _hold(folder)
+    os.close(alone)
+
+
+def _hold(folder: Path, flags: int = 0) -> int:
+    """Lock a folder until the file descriptor is closed, or this process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    return descriptor
 
 
 def command(address: str, kind: str, folder: Path) -> list[str]:

@@ -229,13 +229,13 @@ class Cluster:
                 continue
         return [command for command in found if command and not command.startswith(("slurmd", "slurmstepd"))]
 
-    def left(self) -> dict[str, list[str]]:
-        """Return the processes and files of jobs that are left, by node."""
-        disk = self.folder / "disk"
-        found = {
-            n: [*self.processes(n), *(str(f) for f in (disk / n).iterdir())] for n in self.nodes if n in self._running
-        }
-        return {name: left for name, left in found.items() if left}
+    def running(self) -> dict[str, list[str]]:
+        """Return the processes of jobs, by node."""
+        return {name: found for name in self.nodes if (found := self.processes(name))}
+
+    def files(self) -> list[Path]:
+        """Return what jobs have in their private folders on the nodes."""
+        return list((self.folder / "disk").glob("*/*"))
 
     def _write_files(self) -> None:
         count, hosts = len(self.nodes), ["127.0.0.1 localhost", f"{SUBNET}.1 login"]

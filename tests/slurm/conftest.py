@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
+import json
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +13,11 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine.config import compose
 from tests.conftest import ROOT, read_metrics
 from tests.slurm import cluster as simulated
 from tests.slurm.cluster import Cluster, wait_for
 
 STEPS = 40
-RUN = "import sys; from pathlib import Path; from launchers.allocation import run_in_allocation as run; from engine.errors import command"
-RUN += "; sys.exit(command(lambda words: run(Path(words[0])))())"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +45,7 @@ def nodes() -> Iterator[Cluster]:
 
 @pytest.fixture
 def slurm(nodes: Cluster) -> Iterator[Cluster]:
-    """The cluster, on which nothing runs before or after the test."""
+    """The cluster, on which nothing runs before or after the test, and none of whose processes is left."""
     yield nodes
     for job in nodes.ask("squeue", "-h", "-o", "%A").split():
         nodes.run(["scancel", job])
@@ -55,7 +54,9 @@ def slurm(nodes: Cluster) -> Iterator[Cluster]:
         nodes.join(name)
         nodes.boot(name)
     wait_for(lambda: nodes.idle() == set(nodes.nodes), "all nodes are idle again")
-    wait_for(lambda: not nodes.left(), f"nothing of a job is left on a node: {nodes.left()}", timeout_s=10.0)
+    wait_for(lambda: not nodes.running(), "no process of a job is left on a node", timeout_s=20.0)
+    for folder in nodes.files():  # of jobs that were killed; the next job on these nodes would remove them
+        shutil.rmtree(folder)
 
 
 class Submitted:
@@ -94,51 +95,42 @@ class Submitted:
 
 @pytest.fixture
 def submitted(slurm: Cluster, tmp_path: Path) -> Callable[..., Submitted]:
-    """Submit a run: overrides, and options of sbatch; ``program`` is what the job does with the run folder."""
+    """Submit a run by the command that users type, on the login host."""
 
-    def submit(
-        overrides: Sequence[str], *options: str, nodes: int = 2, run_dir: Path | None = None, program: str = RUN
-    ) -> Submitted:
+    def submit(overrides: Sequence[str], run_dir: Path | None = None) -> Submitted:
         folder = run_dir or tmp_path / "run"
-        words = [*overrides, "cluster=ray", "cluster.address=auto", f"cluster.num_nodes={nodes}", f"run.dir={folder}"]
-        folder.mkdir(exist_ok=True)
-        (folder / "recipe.yaml").write_text(compose.compose(words).recipe)
-        output = folder.with_name(f"{folder.name}-job.txt")
-        script = tmp_path / f"{folder.name}.sh"
-        command = shlex.join([sys.executable, "-u", "-c", program, str(folder)])
-        script.write_text(f"#!/bin/bash\ntrap '' USR2\nexec {command}\n")
-        asked = [f"--nodes={nodes}", f"--output={output}", "--open-mode=append", "--requeue", "--signal=B:USR2@20"]
-        done = slurm.run(
-            ["sbatch", "--parsable", *asked, *options, str(script)],
-            {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        return Submitted(slurm, done.stdout.strip(), folder, output)
+        done = command(slurm, tmp_path, "engine", *overrides, f"run.dir={folder}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        job = str(json.loads((folder / "slurm.json").read_text())["job_id"])
+        assert f"submitted job {job}" in done.stdout
+        return Submitted(slurm, job, folder, folder / "slurm" / f"{job}.out")
 
     return submit
+
+
+def command(slurm: Cluster, folder: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands on the login host; it and its jobs may import from a folder."""
+    environment = {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+    return slurm.run([sys.executable, "-m", module, *words], environment)
 
 
 @pytest.fixture(scope="session")
 def small(base: list[str]) -> list[str]:
     """A run on two CPU workers."""
-    return [
-        *(o for o in base if not o.startswith("algorithm.max_num_steps")),
-        f"algorithm.max_num_steps={STEPS}",
-        "cluster.num_workers=2",
-        "run.probe=false",
-    ]
+    kept = (word for word in base if not word.startswith("algorithm.max_num_steps"))
+    return [*kept, f"algorithm.max_num_steps={STEPS}", "cluster.num_workers=2", "run.probe=false"]
 
 
 @pytest.fixture(autouse=True)
 def _slow_steps(tmp_path: Path) -> None:
-    """Give the ranks a callback that makes the steps of a run's first start slow enough to be disturbed."""
+    """A callback that makes the steps of a job's first start slow enough to be disturbed."""
     (tmp_path / "slow_steps.py").write_text(
         "import json, time\n"
         "from engine.types import Callback\n"
         "class Slow(Callback):\n"
         "    def on_step_begin(self, control):\n"
-        "        if len(json.loads((control.run_dir / 'slurm.json').read_text())['starts']) == 1:\n"
-        "            time.sleep(1.0)\n"
+        "        if len(json.loads((control.run_dir / 'slurm.json').read_text())['starts']) == 1 and control.step > 1:\n"
+        "            time.sleep(3.0)\n"
     )
 
 

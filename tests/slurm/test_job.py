@@ -1,4 +1,4 @@
-"""Runs in jobs of a simulated cluster: real sbatch, real Ray, ranks on CPUs; whatever disturbs them, the figures are the same."""
+"""Runs that are submitted to a simulated cluster: real sbatch, real Ray, ranks on CPUs; whatever disturbs them, the figures are the same."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import all_in
 from tests.conftest import read_metrics
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import STEPS, Submitted
 
 Submit = Callable[..., Submitted]
-PROBE = """
-import json, sys
-from pathlib import Path
-from launchers import snapshot
-from launchers.allocation import Job, RayNodes, Warned
-folder = Path(sys.argv[1])
-with Warned() as warned, RayNodes(Job.here(), snapshot.read(folder)[0].cluster) as nodes:
-    nodes.wait(warned)
-    import ray  # which reads the job's secret once, here
-    ray.init(nodes.address)
-    found = {node["NodeManagerHostname"]: node["Resources"]["GPU"] for node in ray.nodes() if node["Alive"]}
-    (folder / "found.json").write_text(json.dumps([ray.cluster_resources()["GPU"], found]))
-    ray.shutdown()
-"""
+ONE, TWO = (["cluster=slurm", f"cluster.num_nodes={nodes}", "cluster.prepare=none"] for nodes in (1, 2))
 SLOW = "run.callbacks=[slow_steps:Slow]"
 
 
@@ -42,29 +30,33 @@ def assert_went_on(run: Submitted, undisturbed: Path) -> None:
     """The job has ended, started again from a checkpoint, as if nothing had been."""
     run.wait()
     first, second = starts(run)
-    assert first["step"] == 0 < second["step"]
+    assert first["step"] == 0 < second["step"] < STEPS
     log = (run.run_dir / "log.txt").read_text()
     assert f"resuming after step {second['step']} of {STEPS}" in log and log.count("run folder") == 2
     assert losses(run.run_dir) == losses(undisturbed) and len(losses(undisturbed)) == STEPS
 
 
-def test_two_nodes_leave_a_run_folder_like_a_local_one(small: list[str], undisturbed: Path, submitted: Submit) -> None:
-    run = submitted(small)
+def test_two_nodes_leave_a_run_folder_like_a_local_one(
+    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
+) -> None:
+    """Prepared by a job of its own, as is the default."""
+    run = submitted([*small, "cluster=slurm", "cluster.num_nodes=2"])
     run.wait()
     assert losses(run.run_dir) == losses(undisturbed) and len(losses(undisturbed)) == STEPS
     own = {p.name for p in run.run_dir.iterdir()}
-    assert own - {"slurm.json"} == {p.name for p in undisturbed.iterdir()}
+    assert own - {"slurm.json", "slurm", ".lock.submit"} == {p.name for p in undisturbed.iterdir()}
+    wait_for(lambda: not slurm.running() and not slurm.files(), "all is ended", 30.0)
     (start,) = starts(run)
     assert start["job"] == run.job and start["step"] == 0 and len(start["nodes"]) == 2
 
 
 def test_time_limit_saves_and_goes_on(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
-    """The warning before the limit, which is brought near once the run has made some steps."""
-    run = submitted([*small, SLOW], "--signal=B:USR2@50", "--time=20", nodes=1)
+    """The limit is brought near enough, once the run has made some steps, for the warning to be due at once."""
+    run = submitted([*small, *ONE, SLOW, "cluster.time_min=20"])
     run.wait_for_step(2)
-    minutes = int(slurm.ask("squeue", "-h", "-o", "%M", f"--jobs={run.job}").split(":")[0]) + 1
+    minutes = int(slurm.ask("squeue", "-h", "-o", "%M", f"--jobs={run.job}").split(":")[0]) + 3
     slurm.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
-    wait_for(lambda: "is requeued" in run.text(), "the warning", 75.0)
+    wait_for(lambda: "is requeued" in run.text(), "the warning", 100.0)
     slurm.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=20")
     assert_went_on(run, undisturbed)
     assert "stopped by SIGUSR2 after step" in (run.run_dir / "log.txt").read_text()
@@ -73,7 +65,8 @@ def test_time_limit_saves_and_goes_on(small: list[str], undisturbed: Path, slurm
 def test_preempted_run_saves_and_goes_on(
     small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
 ) -> None:
-    run = submitted([*(o for o in small if not o.startswith("checkpoint.period")), "checkpoint.period=0", SLOW])
+    """It has no checkpoint but the one that the warning makes it write."""
+    run = submitted([*(o for o in small if not o.startswith("checkpoint.period")), "checkpoint.period=0", *TWO, SLOW])
     run.wait_for_step(2)
     slurm.ask("sbatch", "--partition=high", "--nodes=8", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert_went_on(run, undisturbed)
@@ -81,16 +74,50 @@ def test_preempted_run_saves_and_goes_on(
 
 
 def test_requeued_run_goes_on(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
-    run = submitted([*small, SLOW], nodes=1)
+    run = submitted([*small, *ONE, SLOW])
     run.wait_for_step(2)
     slurm.ask("scontrol", "requeue", run.job)
     assert_went_on(run, undisturbed)
 
 
-def test_eight_nodes_are_one_ray_cluster_of_64_gpus(base: list[str], slurm: Cluster, submitted: Submit) -> None:
-    run = submitted(
-        [*base, "cluster.gpus_per_node=8", "train.global_batch_size=64"], "--gres=gpu:8", nodes=8, program=PROBE
-    )
-    run.wait()
-    total, by_node = json.loads((run.run_dir / "found.json").read_text())
-    assert total == 64 and by_node == dict.fromkeys(slurm.nodes, 8)
+def test_cancelled_run_stays_cancelled_and_may_be_submitted_again(
+    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
+) -> None:
+    run = submitted([*small, *TWO, SLOW])
+    run.wait_for_step(2)
+    slurm.ask("scancel", run.job)
+    run.wait("CANCELLED")
+    wait_for(lambda: not slurm.running() and not slurm.files(), "all is ended", 30.0)
+    assert "is requeued" not in run.text() and all_in(run.run_dir / "checkpoints")
+    again = submitted([*small, *TWO, SLOW], run.run_dir)
+    assert_went_on(again, undisturbed)
+    assert [start["job"] for start in starts(again)] == [run.job, again.job]
+
+
+def test_crashed_node_is_done_without(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
+    run = submitted([*small, *TWO, SLOW])
+    run.wait_for_step(2)
+    lost = starts(run)[0]["nodes"][1]
+    slurm.crash(lost)
+    assert_went_on(run, undisturbed)
+    assert lost not in starts(run)[1]["nodes"]
+
+
+def test_crash_of_the_drivers_node(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
+    run = submitted([*small, *TWO, SLOW])
+    run.wait_for_step(2)
+    lost = starts(run)[0]["nodes"][0]
+    slurm.crash(lost)
+    assert_went_on(run, undisturbed)
+    assert lost not in starts(run)[1]["nodes"]
+
+
+def test_node_without_network_is_done_without(
+    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
+) -> None:
+    run = submitted([*small, *TWO, SLOW])
+    run.wait_for_step(2)
+    lost = starts(run)[0]["nodes"][1]
+    slurm.cut(lost)
+    assert_went_on(run, undisturbed)
+    assert lost not in starts(run)[1]["nodes"]

@@ -1,4 +1,4 @@
-"""How often a job may start again, without any Slurm."""
+"""How often a job may start again, and what it finds on a node, without any Slurm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import RunError
 from launchers.allocation import Job, Starts
+from launchers.ray_node import claim
 
 JOB = Job("12", ["node1", "node2"])
 
@@ -58,3 +59,12 @@ def test_another_job_counts_anew_and_what_else_is_noted_stays(tmp_path: Path) ->
     begin(tmp_path, job=Job("13", ["node1"]))
     noted = json.loads((tmp_path / "slurm.json").read_text())
     assert noted["resume"] == "auto" and [start["job"] for start in noted["starts"]] == ["12", "13"]
+
+
+def test_folders_of_jobs_that_were_killed_are_removed_by_the_next(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    node.mkdir()
+    claim(node / "11-0")
+    (node / "12-0" / "session").mkdir(parents=True)
+    claim(node / "13-0")
+    assert sorted(folder.name for folder in node.iterdir()) == ["11-0", "13-0"]
