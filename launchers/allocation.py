@@ -217,6 +217,7 @@ class RayNodes:
             RAY_AUTH_TOKEN=secrets.token_hex(32),
             RAY_USAGE_STATS_ENABLED="0",
             RAY_DISABLE_DOCKER_CPU_WARNING="1",
+            RAY_worker_niceness="0",  # ranks are what the machine is for; Ray would have them yield to everything else
         )
         return self
 

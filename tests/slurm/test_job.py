@@ -53,7 +53,7 @@ def test_two_nodes_leave_a_run_folder_like_a_local_one(
 def test_time_limit_saves_and_goes_on(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
     """The limit is brought near enough, once the run has made some steps, for the warning to be due at once."""
     run = submitted([*small, *ONE, SLOW, "cluster.time_min=20"])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     minutes = int(slurm.ask("squeue", "-h", "-o", "%M", f"--jobs={run.job}").split(":")[0]) + 3
     slurm.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
     wait_for(lambda: "is requeued" in run.text(), "the warning", 100.0)
@@ -67,7 +67,7 @@ def test_preempted_run_saves_and_goes_on(
 ) -> None:
     """It has no checkpoint but the one that the warning makes it write."""
     run = submitted([*(o for o in small if not o.startswith("checkpoint.period")), "checkpoint.period=0", *TWO, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     slurm.ask("sbatch", "--partition=high", "--nodes=8", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert_went_on(run, undisturbed)
     assert "stopped by SIGUSR2 after step" in (run.run_dir / "log.txt").read_text()
@@ -75,7 +75,7 @@ def test_preempted_run_saves_and_goes_on(
 
 def test_requeued_run_goes_on(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
     run = submitted([*small, *ONE, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     slurm.ask("scontrol", "requeue", run.job)
     assert_went_on(run, undisturbed)
 
@@ -84,7 +84,7 @@ def test_cancelled_run_stays_cancelled_and_may_be_submitted_again(
     small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
 ) -> None:
     run = submitted([*small, *TWO, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     slurm.ask("scancel", run.job)
     run.wait("CANCELLED")
     wait_for(lambda: not slurm.running() and not slurm.files(), "all is ended", 30.0)
@@ -96,7 +96,7 @@ def test_cancelled_run_stays_cancelled_and_may_be_submitted_again(
 
 def test_crashed_node_is_done_without(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
     run = submitted([*small, *TWO, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     lost = starts(run)[0]["nodes"][1]
     slurm.crash(lost)
     assert_went_on(run, undisturbed)
@@ -105,7 +105,7 @@ def test_crashed_node_is_done_without(small: list[str], undisturbed: Path, slurm
 
 def test_crash_of_the_drivers_node(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
     run = submitted([*small, *TWO, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     lost = starts(run)[0]["nodes"][0]
     slurm.crash(lost)
     assert_went_on(run, undisturbed)
@@ -116,7 +116,7 @@ def test_node_without_network_is_done_without(
     small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
 ) -> None:
     run = submitted([*small, *TWO, SLOW])
-    run.wait_for_step(2)
+    run.wait_for_step(3)
     lost = starts(run)[0]["nodes"][1]
     slurm.cut(lost)
     assert_went_on(run, undisturbed)
