@@ -14,7 +14,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "munged", "ip", "unshare", "nsenter")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "munged",
+    "ip",
+    "unshare",
+    "nsenter",
+    "setpriv",
+)
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 SUBNET = "10.213.7"
 PRIVATE = Path(f"/tmp/anneal-{os.getuid()}")
@@ -260,7 +272,7 @@ class Cluster:
     def _start(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig", "KILL", *command],  # it ends with this process, however that ends
                 env={**self._environment, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
