@@ -13,7 +13,7 @@ from engine.config.layout import Layout, num_experts
 from engine.config.schema import LoraSection, TorchSection
 
 LAYERS_GATHERED = 3
-"""Of a sharded model at once: the one that computes, the next one, and what it arrives in."""
+"""Of a sharded model at once, in the forward pass: the one that computes, what it arrived in, and what the next one arrives in."""
 
 
 class Compute(NamedTuple):
@@ -31,6 +31,9 @@ class Compute(NamedTuple):
     """Whether attention keeps its output apart from what it gives to the next matrix (sdpa, a call a document)."""
     copied_gradient: bool
     """Whether the gradient of the output matrix exists twice for a moment, as it does in any case where it is cast."""
+    streams: bool
+    """Whether what one stream gives up is not there for another: what layers arrived in stays in the backward pass, which needs
+    one less of it."""
 
 
 CUDA = Compute(
@@ -40,6 +43,7 @@ CUDA = Compute(
     fused_mlp=True,
     copied_attention=False,
     copied_gradient=False,
+    streams=True,
 )
 """With Liger's kernels."""
 MEGATRON = CUDA._replace(fused_mlp=False, copied_gradient=True)
@@ -50,6 +54,7 @@ CPU = Compute(
     fused_mlp=False,
     copied_attention=True,
     copied_gradient=False,
+    streams=False,
 )
 
 
@@ -149,36 +154,61 @@ def torch_memory(
         compute: What the device's kernels need.
     """
     sizes, size = Sizes.of(fields), compute.itemsize
-    shard = section.shard_size or ranks
     adapters = sizes.layers * adapter_parameters(sizes, lora) if lora.enabled else 0
-    trained = adapters or sizes.parameters
-    if shard == 1:
-        masters = 4 if size < 4 else 0
-        weights = float(size * (sizes.parameters + adapters))
-        gradients, optimizer = 4.0 * trained, (8.0 + masters) * trained
-    else:
-        weights, gradients, optimizer = _sharded(sizes, section, shard, adapters, size)
     kept = torch_layer_bytes(sizes, lora, compute) * tokens
     last = _norm_bytes(sizes.hidden, compute, frozen=lora.enabled) * tokens
     layers = sizes.layers * size * sizes.hidden * tokens + kept if recompute else sizes.layers * kept
     output = output_bytes(sizes, compute, tokens, frozen=lora.enabled)
-    return Memory(weights, gradients, optimizer, layers + last, output)
+    shard = section.shard_size or ranks
+    if shard > 1:
+        shared = _Shared(sizes, section, shard, adapters, compute)
+        earlier = layers + last - (0 if recompute else kept)
+        moments = shared.output(layers + last, output), shared.backward(earlier, tokens), shared.end()
+        return max(moments, key=lambda memory: memory.total)
+    trained, masters = adapters or sizes.parameters, 4 if size < 4 else 0
+    weights = float(size * (sizes.parameters + adapters))
+    return Memory(weights, 4.0 * trained, (8.0 + masters) * trained, layers + last, output)
 
 
-def _sharded(sizes: Sizes, section: TorchSection, shard: int, adapters: int, size: int) -> tuple[float, float, float]:
-    """Return weights, gradients and optimizer of a device that has its share of each and gathers what it computes with.
+class _Shared:
+    """A device that has its share of weights and state (FSDP2), at the moments of a step that may need most.
 
-    The root's own, embedding and output layer, stay gathered for a whole pass.
+    It gathers a layer at a time; the root's own parameters, embedding and output layer, stay for a whole pass, and their gradients
+    are summed at its end.
     """
-    layer = sizes.layer + sizes.experts + adapters / sizes.layers
-    ends = sizes.parameters - sizes.layers * (sizes.layer + sizes.experts)
-    at_once = LAYERS_GATHERED if section.reshard_after_forward else sizes.layers + 1
-    weights, trained = size * (ends + at_once * layer), adapters or sizes.parameters
-    passing = (size + 4) * (adapters / sizes.layers if adapters else layer)  # of the layer whose gradients are summed
-    if section.cpu_offload:
-        return weights, passing, 0.0
-    frozen = size * sizes.parameters / shard if adapters else 0.0
-    return weights + frozen, passing + 4 * trained / shard, 12 * trained / shard
+
+    def __init__(self, sizes: Sizes, section: TorchSection, shard: int, adapters: int, compute: Compute) -> None:
+        self.sizes, self.section, self.shard, self.compute = sizes, section, shard, compute
+        self.size, self.adapters = compute.itemsize, adapters
+        self.layer = sizes.layer + sizes.experts + adapters / sizes.layers
+        self.ends = sizes.parameters - sizes.layers * (sizes.layer + sizes.experts)
+        self.matrix = 0 if adapters else sizes.vocab * sizes.hidden
+        trained = adapters or sizes.parameters
+        own = 0.0 if section.cpu_offload else 1 / shard
+        self.frozen = self.size * sizes.parameters * own if adapters else 0.0
+        self.sums, self.optimizer = 4 * trained * own, 12 * trained * own
+
+    def output(self, activations: float, output: float) -> Memory:
+        """Return what it holds in the output layer, all activations there."""
+        return Memory(self._gathered(LAYERS_GATHERED), self.sums, self.optimizer, activations, output)
+
+    def backward(self, activations: float, tokens: int) -> Memory:
+        """Return what it holds in a layer's backward pass: its gradients, and those of the one behind it in float32."""
+        own = self.adapters / self.sizes.layers or self.layer
+        weights = self._gathered(LAYERS_GATHERED if self.compute.streams else LAYERS_GATHERED - 1)
+        output = self.size * (self.matrix + tokens * self.sizes.hidden)  # its gradients, until the end
+        return Memory(weights, self.sums + (self.size + 4) * own, self.optimizer, activations, output)
+
+    def end(self) -> Memory:
+        """Return what it holds when the root's gradients are summed at the end; with LoRA it has none."""
+        if self.adapters:
+            return Memory(self.frozen, self.sums, self.optimizer, 0.0, 0.0)
+        summed = max(self.size * self.ends, 4 * self.ends / self.shard + self.size * self.matrix)
+        return Memory(0.0, self.sums + 4 * self.ends + summed, self.optimizer, 0.0, 0.0)
+
+    def _gathered(self, layers: int) -> float:
+        at_once = layers if self.section.reshard_after_forward else self.sizes.layers + 1
+        return self.size * (self.ends + at_once * self.layer) + self.frozen
 
 
 def adapter_parameters(sizes: Sizes, lora: LoraSection) -> int:

@@ -1,7 +1,7 @@
 """What a training step holds at most, measured: ``python -m tests.peak OVERRIDES`` prints one object, sizes in bytes.
 
 A storage counts from the operation that returns its first tensor until the last one is gone; what is on the meta device has none. What
-gloo's sum over ranks copies to scratch is left out: NCCL has none of it.
+gloo's sums over ranks copy to scratch is left out: NCCL has none of it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ import json
 import sys
 import tempfile
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
+import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import backends
 from engine.config.compose import compose
 from engine.data.batch import collate_packed
+from engine.memory import Memory
 from engine.objectives.sft import SFT
-from engine.plan import plan
+from engine.plan import Plan, plan
 from engine.ranks import Ranks
 from engine.types import MicroBatch, Sample
 
+T = TypeVar("T")
+TOLERANCE = 0.15
 TOKENS = 256
 SIZES = {
     "hidden_size": 1024,
@@ -43,26 +51,40 @@ class Peak(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[int, int] = {}
-        self.now = self.peak = 0
+        self.live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.peak = 0
+        self.looks = True
+
+    @property
+    def now(self) -> int:
+        """Bytes of those that are there; FSDP2 gives up what it has gathered by making a storage empty."""
+        found = [reference() for reference in list(self.live.values())]
+        return sum(storage.nbytes() for storage in found if storage is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not self.looks:
+            return out
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.device.type != "meta":
-                self.see(x.untyped_storage())
+                storage = (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
+                self.live.setdefault(
+                    storage._cdata, weakref.ref(storage, lambda _, key=storage._cdata: self.live.pop(key))
+                )
+        self.peak = max(self.peak, self.now)
         return out
 
-    def see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.live:
-            self.live[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key)
+    def unseen(self, work: Callable[..., T]) -> Callable[..., T]:
+        """Return a function in which nothing is added up."""
 
-    def drop(self, key: int) -> None:
-        self.now -= self.live.pop(key)
+        def done(*args: Any, **options: Any) -> T:
+            self.looks = False
+            try:
+                return work(*args, **options)
+            finally:
+                self.looks = True
+
+        return done
 
 
 def batch(vocabulary: int, seed: int) -> MicroBatch:
@@ -71,39 +93,48 @@ def batch(vocabulary: int, seed: int) -> MicroBatch:
     return collate_packed([Sample(ids, np.array([[0, TOKENS]], np.int32))])
 
 
-def measure(words: list[str]) -> dict[str, Any]:
-    """Return peak and state, as measured, and the memory that the plan says."""
+def measure(words: list[str], ranks: Ranks | None = None) -> dict[str, Any]:
+    """Return peak and state of this rank, as measured, and the memory that the plan says."""
+    ranks = ranks or Ranks()
     overrides = "{" + ", ".join(f"{key}: {str(value).lower()}" for key, value in SIZES.items()) + "}"
     with tempfile.TemporaryDirectory() as folder:
         base = ["model=tiny", f"model.config_overrides={overrides}", "data=dummy", f"run.dir={folder}"]
         base += [f"data.max_length={TOKENS}", f"data.packing.max_tokens={TOKENS}", "algorithm.max_num_steps=1"]
+        base += ["cluster=ray_local", f"cluster.num_workers={ranks.size}"]  # a plan for workers on CPUs
         config = compose([*base, *words]).config
-    # a plan for workers on CPUs, of which there is one
-    found = plan(config.model_copy(update={"cluster": config.cluster.model_copy(update={"num_workers": 1})}))
+    found = plan(config)
     assert found.memory is not None
     mode = Peak()
     with mode:
-        backend: Any = backends.build(config, Ranks())
+        backend: Any = backends.build(config, ranks)
     state = mode.now
     if config.backend.name == "megatron":
-        leave_out_sums_over_ranks(backend, mode)
+        backend.core.finalize_model_grads_func = mode.unseen(backend.core.finalize_model_grads_func)
     batches = [batch(SIZES["vocab_size"], seed) for seed in range(2)]
     mode.peak = mode.now
-    with mode:
+    with mode, mock.patch.object(DefaultReduceScatter, "__call__", mode.unseen(DefaultReduceScatter.__call__)):
         backend.train_step(batches, SFT(), 2.0 * (TOKENS - 1), 1e-5)
-    return {"peak": mode.peak, "state": state, "parameters": found.parameters, **found.memory._asdict()}
+    return {"peak": mode.peak, "state": state, "kept": kept(found), **found.memory._asdict()}
 
 
-def leave_out_sums_over_ranks(backend: Any, mode: Peak) -> None:
-    """Forget what the peak is while gradients are summed."""
-    summed = backend.core.finalize_model_grads_func
+def kept(found: Plan) -> float:
+    """Return the bytes that are there from the start, as the plan says."""
+    memory, model = found.memory, found.config.model
+    assert memory is not None and found.parameters is not None and found.parameters > 100e6
+    if found.config.backend.name == "megatron":
+        return memory.weights + memory.gradients + memory.optimizer
+    if found.ranks == 1:
+        return memory.weights + memory.optimizer
+    size = 2 if model.dtype == "bfloat16" else 4
+    return memory.optimizer + (size * found.parameters / found.ranks if model.lora.enabled else 0.0)
 
-    def quietly(*args: Any, **options: Any) -> None:
-        before = mode.peak
-        summed(*args, **options)
-        mode.peak = before
 
-    backend.core.finalize_model_grads_func = quietly
+def check(found: dict[str, Any]) -> None:
+    """Hold what was measured against the plan: all of it, what is there from the start, and the rest, which that would hide."""
+    total = sum(found[name] for name in Memory._fields)
+    assert total == pytest.approx(found["peak"], rel=TOLERANCE)
+    assert found["kept"] == pytest.approx(found["state"], rel=1e-3)
+    assert total - found["kept"] == pytest.approx(found["peak"] - found["state"], rel=TOLERANCE)
 
 
 if __name__ == "__main__":

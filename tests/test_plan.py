@@ -78,10 +78,10 @@ def test_changes_of_the_torch_backend() -> None:
 
 
 def test_more_machines_are_the_last_thing_asked_for() -> None:
-    words = ["recipe=sft_llama3_70b_8x8_megatron", "cluster.num_nodes=4"]
-    found = planned(*words, "cluster.address=HOST:1", card_gb=30)
+    words = ["recipe=sft_llama3_70b_8x8_megatron", "cluster=slurm_4x8"]
+    found = planned(*words, card_gb=30)
     assert found.change is not None
-    assert planned(*words, "cluster.address=HOST:1", *found.change, card_gb=30).fits
+    assert planned(*words, *found.change, card_gb=30).fits
 
 
 def test_memory_of_the_torch_backend() -> None:

@@ -452,8 +452,11 @@ def devices(config: RunConfig) -> tuple[int, bool]:
     else:
         ranks = cluster.num_nodes * cluster.gpus_per_node if cluster.gpus_per_node else gpus
         gpu, have, key = True, gpus, "cluster.gpus_per_node"
-        if not gpus and not cluster.gpus_per_node:
-            raise UserError(f"cluster={cluster.name}: {where} has no GPU; set cluster.num_workers=2 to train on CPUs.")
+        if not gpus:
+            raise UserError(
+                f"cluster={cluster.name}: {where} has no GPU; choose cluster=slurm_1x8 to submit the run, or cluster.num_workers=2 "
+                "with cluster.gpus_per_node=null to train on CPUs."
+            )
     if ranks > have:
         kind = "GPUs" if gpu else "CPU cores"
         raise UserError(
