@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from engine.config import sources
 from engine.config.checks import local_fields, local_model_folder
 from engine.config.model_folder import read_config
-from engine.config.schema import ModelSection
+from engine.config.schema import ModelSection, RunConfig
 from engine.errors import UserError
 
 TOKENIZER_FILES = [
@@ -70,12 +71,19 @@ def folder(path: str, revision: str | None, *, weights: bool) -> Path:
         ) from error
 
 
-def refused(path: str, revision: str | None, kind: str) -> str | None:
+def refusals(config: RunConfig) -> list[str]:
+    """Return a sentence for everything that a run would take from the hub, that is not here, and that the hub will not give."""
+    named = (config.model.path, config.model.tokenizer, config.algorithm.reference)
+    taken = [(path, "model") for path in named if path not in (None, "initial", "none")]
+    taken += [(source.path, "dataset") for split in sources.LISTS for source in sources.of(config.data, split)]
+    return [sentence for path, kind in dict.fromkeys(taken) if (sentence := _refused(path, kind)) is not None]
+
+
+def _refused(path: str, kind: str) -> str | None:
     """Return why the hub will not give a repository that is not on this machine yet; None: it is, or will be given.
 
     Args:
         path: Folder, file, hub id or ``builtin:NAME``.
-        revision: Branch, tag or commit.
         kind: model or dataset.
     """
     if local_model_folder(path) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -65,6 +66,42 @@ class Console:
 
 SHOWN = ("loss", "accuracy", "margin")
 """Figures of a step or a validation that the console shows, where there are any."""
+STEP_LINE = re.compile(r"step (?P<step>\d+)/(?P<total>\d+)  loss ")
+"""How a line of log.txt begins in whose place a terminal shows the bar."""
+
+
+def figures(metrics: Mapping[str, float]) -> str:
+    """Return what is shown of a training step's figures."""
+    more = "".join(f"  {k} {metrics[f'train/{k}']:.3f}" for k in SHOWN[1:] if f"train/{k}" in metrics)
+    return f"loss {metrics['train/loss']:.4f}{more}  {metrics.get('perf/tokens_per_second', 0.0):,.0f} tokens/s"
+
+
+class Bar:
+    """The progress of a run on a terminal: step, figures, time left.
+
+    Args:
+        rich: Rich's console, a terminal.
+        step: That the run goes on from.
+        total_steps: Of the run.
+    """
+
+    def __init__(self, rich: Any, step: int, total_steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            console=rich, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total_steps, completed=step, figures="")
+        self._progress.start()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a training step's figures."""
+        self._progress.update(self._task, completed=step, figures=figures(metrics))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
 
 
 class TerminalConsole(Console):
@@ -75,7 +112,7 @@ class TerminalConsole(Console):
 
         self._log = log.open("a", buffering=1)
         self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=not enabled)
-        self._progress: Any = None
+        self._bar: Bar | None = None
         self._last_line = 0.0
         self._total_steps = 0
 
@@ -92,34 +129,24 @@ class TerminalConsole(Console):
     def start(self, step: int, total_steps: int) -> None:
         """Show the bar."""
         self._total_steps = total_steps
-        if not self._rich.is_terminal or self._rich.quiet:
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-            console=self._rich, transient=True,
-        )  # fmt: skip
-        self._task = self._progress.add_task("train", total=total_steps, completed=step, figures="")
-        self._progress.start()
+        if self._bar is not None:  # of ranks that were lost
+            self._bar.close()
+        if self._rich.is_terminal and not self._rich.quiet:
+            self._bar = Bar(self._rich, step, total_steps)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step's figures."""
         if "train/loss" in metrics:
-            rate = metrics.get("perf/tokens_per_second", 0.0)
-            more = "".join(f"  {k} {metrics[f'train/{k}']:.3f}" for k in SHOWN[1:] if f"train/{k}" in metrics)
-            figures = f"loss {metrics['train/loss']:.4f}{more}  {rate:,.0f} tokens/s"
-            if self._progress is not None:
-                self._progress.update(self._task, completed=step, figures=figures)
+            if self._bar is not None:
+                self._bar.show(step, metrics)
             now = time.monotonic()
             if now - self._last_line >= 10.0 or step == self._total_steps:
                 self._last_line = now
                 left = (self._total_steps - step) * metrics.get("perf/step_s", 0.0)
-                line = (
-                    f"step {step}/{self._total_steps}  {figures}  lr {metrics['train/lr']:.2e}  {_duration(left)} left"
-                )
+                line = f"step {step}/{self._total_steps}  {figures(metrics)}"
+                line += f"  lr {metrics['train/lr']:.2e}  {_duration(left)} left"
                 self._log.write(line + "\n")
-                if self._progress is None:
+                if self._bar is None:
                     self._rich.print(line, markup=False)
         shown = {k: v for k, v in metrics.items() if k.startswith("validation/") and k.rpartition("/")[2] in SHOWN}
         if shown:
@@ -127,9 +154,9 @@ class TerminalConsole(Console):
 
     def close(self) -> None:
         """Take the bar away and close log.txt."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
         self._log.close()
 
 

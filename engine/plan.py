@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import hub, memory, schedule
-from engine.config import compose, layout, sources
+from engine.config import compose, layout, megatron, sources
 from engine.config.known_models import MODELS
 from engine.config.layout import Layout
 from engine.config.schema import RunConfig, max_tokens_per_micro_batch
@@ -120,13 +120,15 @@ def plan(config: RunConfig, *, card_gb: float = CARD_GB) -> Plan:
         card_gb: Memory of a GPU, 10⁹ bytes.
 
     Raises:
-        UserError: For a layout that is impossible, or data that fill no step.
+        UserError: For a model or layout that is impossible, or data that fill no step.
     """
     named = layout.named_ranks(config.cluster)
     ranks = named or max(ASSUMED_RANKS, Layout.of(config.backend, 1).copies)
     fields = model_fields(config)
     if problems := _problems(config, fields, ranks):
         raise UserError(*problems)
+    if fields is not None and not all(isinstance(fields.get(name), int) for name in FIELDS):
+        fields = None
     horizon = _horizon(config, Layout.of(config.backend, ranks), fields)
     known = memory.Sizes.of(fields) if fields is not None else None
     lora = config.model.lora
@@ -148,12 +150,12 @@ def plan(config: RunConfig, *, card_gb: float = CARD_GB) -> Plan:
 
 
 def model_fields(config: RunConfig) -> dict[str, Any] | None:
-    """Return the fields of the model's config.json, from this machine or as the engine knows them; None: neither has its sizes."""
+    """Return the fields of the model's config.json, from this machine or as the engine knows them; None: neither has them."""
     model = config.model
     fields = hub.known_fields(model)
     if fields is None and model.path in MODELS:
-        fields = {**MODELS[model.path], **model.config_overrides}
-    return fields if fields is not None and all(isinstance(fields.get(name), int) for name in FIELDS) else None
+        return {**MODELS[model.path], **model.config_overrides}
+    return fields
 
 
 def micro_batch_tokens(config: RunConfig) -> int:
@@ -185,22 +187,25 @@ def device_memory(config: RunConfig, fields: dict[str, Any], ranks: int) -> Memo
 
 def _compute(config: RunConfig, fields: dict[str, Any]) -> memory.Compute:
     """Return what the kernels of the recipe's devices need."""
-    dtype, megatron = config.model.dtype, config.backend.name == "megatron"
+    dtype, with_megatron = config.model.dtype, config.backend.name == "megatron"
     if config.cluster.num_workers:
-        found = memory.CPU._replace(copied_gradient=megatron)
+        found = memory.CPU._replace(copied_gradient=with_megatron)
         return found._replace(itemsize=2) if dtype == "bfloat16" else found
-    found = memory.MEGATRON if megatron else memory.CUDA
-    if not megatron and config.model.liger is False:
+    found = memory.MEGATRON if with_megatron else memory.CUDA
+    if not with_megatron and config.model.liger is False:
         found = found._replace(fused_norms=False, fused_mlp=False)
     return found._replace(itemsize=4) if dtype == "float32" else found
 
 
 def _problems(config: RunConfig, fields: dict[str, Any] | None, ranks: int) -> list[str]:
-    """Return why the ranks cannot be split so."""
+    """Return why the ranks cannot be split so, or the backend does not have the model."""
     per_node = layout.named_ranks_per_node(config.cluster)
     if ranks == 1 and config.backend.name == "torch":
         return []
-    return layout.problems(config.backend, fields, config.train, config.data, ranks, per_node)
+    found = layout.problems(config.backend, fields, config.train, config.data, ranks, per_node)
+    if config.backend.name == "megatron" and fields is not None:
+        found += megatron.check_fields(config.model.path, fields)
+    return found
 
 
 def _horizon(config: RunConfig, split: Layout, fields: dict[str, Any] | None) -> Horizon | None:

@@ -8,12 +8,12 @@ import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.config import layout
 from engine.config.schema import ClusterSection
 from engine.errors import RunError, UserError
 
@@ -22,32 +22,22 @@ SAVE_S = 180
 ANSWER_S = 60.0
 """Longest that a command of Slurm's may take, in seconds."""
 OWN = {
-    "account": "cluster.account",
-    "comment": None,
-    "constraint": "cluster.constraint",
-    "array": "cluster.max_parallel",
-    "dependency": None,
-    "error": None,
-    "exclusive": "cluster.exclusive",
-    "export": None,
-    "kill_on_invalid_dep": None,
-    "nodes": "cluster.num_nodes",
-    "ntasks": None,
-    "ntasks_per_node": None,
-    "open_mode": None,
-    "output": None,
-    "parsable": None,
-    "partition": "cluster.partition",
-    "qos": "cluster.qos",
-    "requeue": None,
-    "no_requeue": None,
-    "test_only": None,
-    "time": "cluster.time_min",
-    "wait": "cluster.wait",
-    "wrap": None,
+    "account": "account",
+    "array": "max_parallel",
+    "constraint": "constraint",
+    "exclusive": "exclusive",
+    "nodes": "num_nodes",
+    "partition": "partition",
+    "qos": "qos",
+    "time": "time_min",
+    "wait": "wait",
 }
-"""sbatch's parameters that are not for ``cluster.sbatch``, each with the key that sets it; None: ours alone."""
-OF_GPU_JOBS = ("cpu", "gpu", "gres", "mem", "sockets", "switches", "tres", "hint", "signal", "nodelist", "nodefile")
+"""sbatch's parameters that are not for ``cluster.sbatch``, each with the key of cluster that sets it."""
+OURS = re.compile(
+    "comment|dependency|error|export|kill_on_invalid_dep|ntasks(_per_node)?|open_mode|output|parsable|(no_)?requeue|test_only|wrap"
+)
+"""Those that every job has as it must."""
+OF_RUNS = re.compile("cpu|gpu|gres|mem|exclusive|sockets|switches|tres|hint|signal|nodelist|nodefile")
 """Beginnings of parameters that are for the machines of the run, not for the one that prepares it."""
 FALLBACKS = {
     "account": "ACCOUNT",
@@ -57,6 +47,8 @@ FALLBACKS = {
     "time": "TIMELIMIT",
 }
 """sbatch's variables, SBATCH_…, that fill in what the recipe leaves out."""
+UNENDED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
+"""States of a job that is not over."""
 KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 """Variables of Slurm's that say where it is, not what job this is."""
 
@@ -86,7 +78,10 @@ def ask(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER_S)
     except FileNotFoundError as error:
-        raise UserError(_absent(words[0])) from error
+        raise UserError(
+            f"cluster=slurm: there is no {words[0]} on PATH; submit from a machine of the cluster, or choose cluster=local or "
+            "cluster=ray_local to run here."
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise RunError(f"{words[0]}: no answer from Slurm within {ANSWER_S:.0f} s; try again when it is up.") from error
     if done.returncode:
@@ -94,14 +89,8 @@ def ask(*words: str) -> str:
     return done.stdout
 
 
-def check(cluster: ClusterSection, workers_per_node: int, found: Sequence[Nodes]) -> list[str]:
-    """Return a sentence for every reason why Slurm could never start such a job.
-
-    Args:
-        cluster: The recipe's.
-        workers_per_node: Ranks of a machine.
-        found: The machines that there are.
-    """
+def check(cluster: ClusterSection, found: Sequence[Nodes]) -> list[str]:
+    """Return a sentence for every reason why Slurm could never start such a job on the machines that there are."""
     named = [p for p in (cluster.partition, cluster.prepare_partition) if p]
     known = sorted({n.partition for n in found})
     problems = [
@@ -109,7 +98,7 @@ def check(cluster: ClusterSection, workers_per_node: int, found: Sequence[Nodes]
         for name in dict.fromkeys(",".join(named).split(","))
         if name and name not in known
     ]
-    return (problems or _check_shape(cluster, suited(found, cluster), workers_per_node)) + _check_sbatch(cluster)
+    return (problems or _check_shape(cluster, _suited(found, cluster))) + _check_sbatch(cluster)
 
 
 def nodes() -> list[Nodes]:
@@ -119,14 +108,10 @@ def nodes() -> list[Nodes]:
         UserError: If this machine has no Slurm.
         RunError: If Slurm does not answer.
     """
-    for name in ("sbatch", "squeue", "srun"):
-        if shutil.which(name) is None:
-            raise UserError(_absent(name))
     found = []
     for line in ask("sinfo", "--noheader", "--exact", "--format=%P|%G|%c|%D|%l").splitlines():
         name, gres, cores, count, limit = line.strip().split("|")
-        kind = (gpus(gres), _number(cores), _number(count), minutes(limit))
-        found.append(Nodes(name.rstrip("*"), name.endswith("*"), *kind))
+        found.append(Nodes(name.rstrip("*"), name.endswith("*"), gpus(gres), int(cores), int(count), minutes(limit)))
     return found
 
 
@@ -146,44 +131,47 @@ def minutes(limit: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
-def suited(found: Iterable[Nodes], cluster: ClusterSection) -> list[Nodes]:
+def _suited(found: Iterable[Nodes], cluster: ClusterSection) -> list[Nodes]:
     """Return the machines of the partitions that a recipe names, or of the default one."""
     names = (cluster.partition or os.environ.get("SBATCH_PARTITION", "")).split(",")
     return [n for n in found if (n.partition in names if names[0] else n.default)]
 
 
-def cores_per_node(cluster: ClusterSection, workers_per_node: int, found: Sequence[Nodes]) -> int:
+def cores_per_node(cluster: ClusterSection, found: Sequence[Nodes]) -> int:
     """Return the cores that a job takes of each machine: those of its share of the GPUs, or one a rank on CPUs."""
-    if cluster.gpus_per_node is None:
-        return workers_per_node
-    share = [
-        n.cores * cluster.gpus_per_node // n.gpus for n in suited(found, cluster) if n.gpus >= cluster.gpus_per_node
-    ]
-    return max(1, min(share, default=1))
+    wanted = cluster.gpus_per_node
+    if wanted is None:
+        return layout.named_ranks_per_node(cluster) or 1
+    return max(1, min((n.cores * wanted // n.gpus for n in _suited(found, cluster) if n.gpus >= wanted), default=1))
+
+
+def states(job_id: str) -> dict[str, str]:
+    """Return the state of a job that is queued or runs, as Slurm says it, by its id; of an array, that of each task.
+
+    Empty: it has ended, or is not known any more, or there is no Slurm here.
+    """
+    words = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={job_id}"]
+    try:
+        return dict(line.split() for line in ask(*words).splitlines())
+    except RunError:  # so it is answered too where a job has ended some time ago
+        return {}
 
 
 def live(job_id: str) -> str | None:
-    """Return the state of a job that is queued or runs, as Slurm says it; None: it has ended, or is not known any more."""
-    words = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER_S)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+    """Return the state of a job, or one of its tasks, that is queued or runs; None: it does neither, as ``states`` tells."""
+    return next(iter(states(job_id).values()), None)
 
 
 def ended(job_id: str) -> int | None:
     """Return the exit code of a job that has ended, as far as Slurm still knows it; None: it has not, or is forgotten."""
-    words = ["scontrol", "--oneliner", "show", "job", job_id]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER_S)
-    state, code = re.search(r" JobState=(\w+)", done.stdout), re.search(r" ExitCode=(\d+):(\d+)", done.stdout)
-    if (
-        state is None
-        or code is None
-        or state[1] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
-    ):
+    try:
+        told = ask("scontrol", "--oneliner", "show", "job", job_id)
+    except RunError:
         return None
-    return int(code[1]) or (0 if state[1] == "COMPLETED" else 1)
+    state, code = re.search(r" JobState=(\w+)", told), re.search(r" ExitCode=(\d+):", told)
+    if state is None or code is None or state[1] in UNENDED:
+        return None
+    return int(code[1]) or int(state[1] != "COMPLETED")
 
 
 def options(cluster: ClusterSection, name: str, cores: int) -> dict[str, Any]:
@@ -207,46 +195,26 @@ def options(cluster: ClusterSection, name: str, cores: int) -> dict[str, Any]:
         "mem": 0 if cluster.exclusive else None,
         "requeue": True,
         "signal": f"B:USR2@{notice_s}",
-        **_common(cluster),
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": cluster.time_min,
         **extra,
     }
 
 
 def prepare_options(cluster: ClusterSection, name: str, cores: int) -> dict[str, Any]:
     """Return the same for the job without GPUs that prepares runs."""
-    extra = {key.replace("-", "_"): value for key, value in cluster.sbatch.items()}
-    common = _common(cluster)
+    whole = options(cluster, f"{name}-prepare", cores)
+    given = {key: value for key, value in whole.items() if not OF_RUNS.match(key)}
+    given.update(nodes=1, cpus_per_task=cores)
     if cluster.prepare_partition is not None:
-        common.update(partition=cluster.prepare_partition, constraint=None)
-    return {
-        "job_name": f"{name}-prepare",
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cores,
-        "requeue": True,
-        **common,
-        **{key: value for key, value in extra.items() if not key.startswith(OF_GPU_JOBS)},
-    }
+        given.update(partition=cluster.prepare_partition, constraint=None)
+    return given
 
 
-def _common(cluster: ClusterSection) -> dict[str, Any]:
-    return {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "time": cluster.time_min,
-    }
-
-
-def submit(
-    folder: Path,
-    command: Sequence[str],
-    parameters: dict[str, Any],
-    setup: Sequence[str],
-    *,
-    array: tuple[int, int] | None = None,
-) -> str:
+def submit(folder: Path, command: Sequence[str], parameters: Mapping[str, Any], setup: Sequence[str]) -> str:
     """Submit a job and return its id.
 
     Args:
@@ -254,7 +222,6 @@ def submit(
         command: What it does, on its first machine, as the one process of the script.
         parameters: sbatch's; None and False: left out.
         setup: Lines of bash before the command.
-        array: Number of tasks, and how many may run at a time; None: no array.
 
     Raises:
         UserError: If sbatch refuses.
@@ -271,14 +238,12 @@ def submit(
             return ["env", *unset, "sbatch", "--export=ALL", str(submission_file_path)]
 
     folder.mkdir(parents=True, exist_ok=True)
-    given["output"] = str(folder / ("%A_%a.out" if array else "%j.out"))
+    given["output"] = str(folder / ("%A_%a.out" if "array" in given else "%j.out"))
     executor = Executor(folder)
     quiet = {"time": None, "wckey": None, "stderr_to_stdout": True, "use_srun": False}
     # Until it is ready to answer it, the job ignores the warning, which would kill it.
     lines = [*setup, "trap '' USR2"]
     executor.update_parameters(setup=lines, additional_parameters=given, **quiet)
-    if array is not None:
-        executor.parameters.update(map_count=array[0], array_parallelism=array[1])
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error
             job_id = str(executor._submit_command(f"exec {shlex.join(command)}").job_id)
@@ -289,9 +254,13 @@ def submit(
     return job_id
 
 
-def cancel(job_id: str) -> None:
-    """Cancel a job."""
-    ask("scancel", job_id)
+def cancel(*job_ids: str) -> None:
+    """Cancel jobs; those that have ended are let be.
+
+    Raises:
+        RunError: If Slurm does not answer.
+    """
+    ask("scancel", *job_ids)
 
 
 def _dropped(given: dict[str, Any]) -> list[str]:
@@ -301,31 +270,25 @@ def _dropped(given: dict[str, Any]) -> list[str]:
     return sorted(name for name in ours if name not in filled | KEPT)
 
 
-def _check_shape(cluster: ClusterSection, found: list[Nodes], workers_per_node: int) -> list[str]:
+def _check_shape(cluster: ClusterSection, found: list[Nodes]) -> list[str]:
     """Look at what a job asks of its partition; nothing where no partition is named and none is the default."""
     if not found:
         return []
     where = f"partition {cluster.partition or found[0].partition}"
-    limit = max(n.limit_min for n in found)
-    problems = []
+    problems, limit = [], max(n.limit_min for n in found)
     if cluster.time_min is not None and cluster.time_min > limit:
         problems.append(
             f"cluster.time_min={cluster.time_min}: {where} lets jobs run for {limit:.0f} minutes; set it to {limit:.0f} or less."
         )
-    if cluster.gpus_per_node is not None:
-        key, need, what = "cluster.gpus_per_node", cluster.gpus_per_node, "GPUs"
-        sizes = [(n.gpus, n.machines) for n in found]
-    else:
-        key, need, what = "cluster.num_workers", workers_per_node, "cores"
-        sizes = [(n.cores, n.machines) for n in found]
-    most = max(size for size, _ in sizes)
-    if need > most:
-        remedy = (
-            f"set it to {most} or less" if most else "choose another partition, or cluster.num_workers to train on CPUs"
-        )
-        return [*problems, f"{key}: {need} {what} of a machine, and {where} has none with more than {most}; {remedy}."]
-    able = sum(machines for size, machines in sizes if size >= need)
-    if cluster.num_nodes > able:
+    on_gpus = cluster.gpus_per_node is not None
+    key, what = ("cluster.gpus_per_node", "GPUs") if on_gpus else ("cluster.num_workers", "cores")
+    need, sizes = layout.named_ranks_per_node(cluster) or 1, [n.gpus if on_gpus else n.cores for n in found]
+    able = sum(n.machines for n, size in zip(found, sizes, strict=True) if size >= need)
+    if not able:
+        most, instead = max(sizes), "choose another partition, or cluster.num_workers to train on CPUs"
+        remedy = f"set it to {most} or less" if most else instead
+        problems.append(f"{key}: {need} {what} of a machine, and {where} has none with more than {most}; {remedy}.")
+    elif cluster.num_nodes > able:
         problems.append(
             f"cluster.num_nodes={cluster.num_nodes}: {where} has {able} machines with {need} {what} or more; set it to {able} or "
             "less."
@@ -342,18 +305,12 @@ def _check_sbatch(cluster: ClusterSection) -> list[str]:
     for given in cluster.sbatch:
         name = given.replace("-", "_")
         if name in OWN:
-            remedy = f"set {OWN[name]} instead" if OWN[name] else "every job has its own; take it out"
-            problems.append(f"cluster.sbatch.{given}: {remedy}.")
+            problems.append(f"cluster.sbatch.{given}: set cluster.{OWN[name]} instead.")
+        elif OURS.fullmatch(name):
+            problems.append(f"cluster.sbatch.{given}: every job has its own; take it out.")
         elif name not in known:
             problems.append(f"cluster.sbatch.{given}: sbatch has no such parameter; {_near(name, sorted(known))}.")
     return problems
-
-
-def _absent(name: str) -> str:
-    return (
-        f"cluster=slurm: there is no {name} on PATH; submit from a machine of the cluster, or choose cluster=local or "
-        "cluster=ray_local to run here."
-    )
 
 
 def _near(word: str, known: Sequence[str]) -> str:
@@ -361,10 +318,6 @@ def _near(word: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {near[0]}"
     return f"there is {', '.join(known)}" if len(known) < 20 else "see `sbatch --help`"
-
-
-def _number(text: str) -> int:
-    return int(text.rstrip("+") or 0)
 
 
 def _last_line(text: str) -> str:

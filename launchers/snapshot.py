@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -23,15 +24,16 @@ def freeze(folder: Path, config: RunConfig, recipe: str) -> None:
     _replace(folder / "recipe.yaml", recipe)
     if not checkpoint.all_in(folder / "checkpoints"):
         _replace(folder / "lock.json", json.dumps(receipt.software(), indent=2, sort_keys=True) + "\n")
-    resume = (
-        "auto" if config.run.resume == "never" else config.run.resume
-    )  # never has been looked at: the job may be queued again
+    # That "never" holds has been seen by now, and the job may be queued again.
+    resume = "auto" if config.run.resume == "never" else config.run.resume
     note(folder, resume=resume, job_id=None, prepared_by=None)
 
 
 def note(folder: Path, **values: Any) -> None:
-    """Write values into slurm.json."""
-    _replace(folder / NOTE, json.dumps({**read_note(folder), **values}, indent=2) + "\n")
+    """Write values into slurm.json; who submits and the job itself may do so at once."""
+    with (folder / f".{NOTE}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _replace(folder / NOTE, json.dumps({**read_note(folder), **values}, indent=2) + "\n")
 
 
 def read_note(folder: Path) -> dict[str, Any]:
@@ -52,8 +54,8 @@ def read(folder: Path) -> tuple[RunConfig, str]:
     file = folder / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{file}: no such file; the job runs what a submission has written there.")
-    values = {"run.dir": str(folder), "run.resume": read_note(folder).get("resume", "auto")}
-    words = [f"recipe={_quoted(str(file))}", *(f"{key}={_quoted(value)}" for key, value in values.items())]
+    values = {"recipe": file, "run.dir": folder, "run.resume": read_note(folder).get("resume", "auto")}
+    words = [f"{key}={compose.quoted(value)}" for key, value in values.items()]
     return compose.compose(words).config, file.read_text()
 
 
@@ -66,12 +68,6 @@ def changed(folder: Path) -> str | None:
         return None
     commits = [str(lock["code"]["commit"])[:10] for lock in (before, now)]
     return f"the code has changed since this run was submitted (commit {commits[0]}, now {commits[1]}): it runs as it is now"
-
-
-def _quoted(text: str) -> str:
-    """Quote a value for Hydra's grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _replace(file: Path, text: str) -> None:

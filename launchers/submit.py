@@ -5,38 +5,55 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from engine import checkpoint, hub
-from engine.config import layout, megatron, sources
-from engine.config.schema import ClusterSection, RunConfig
-from engine.errors import EXIT_DONE, UserError
+from engine import checkpoint, hub, plan
+from engine.config.schema import RunConfig
+from engine.errors import EXIT_DONE, RunError, UserError
 from engine.run_folder import RunFolder
 from launchers import slurm, snapshot
 from launchers.job import ARRAY, PREPARE
+from launchers.prepare import prepare
 
 Run = tuple[RunConfig, str]
 """A recipe and its re-runnable text."""
 PREPARE_CORES = 8
 """Cores of the job that tokenises."""
+DECISIVE: Any = {
+    **dict.fromkeys(("model", "data", "train", "backend"), True),
+    "algorithm": {"name", "reference", "max_num_steps", "max_num_epochs"},
+}
+"""Keys of a recipe that decide whether it could be trained: runs that are alike in them are looked at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Submission:
     """What was submitted."""
 
     job_id: str
     folder: Path
     """The run folder; of an array, that of the sweep."""
-    prepared_by: str | None = None
-    """Id of the job that prepares it and that it waits for."""
-    output: str = ""
-    """File that the job's output goes to, Slurm's patterns filled in."""
+    prepared_by: str | None
+    """Id of the job that tokenises for it and that it waits for."""
+    reference: str | None = None
+    """Id of the job that computes the reference for several runs, which wait for it."""
+    array: tuple[int, int] | None = None
+    """How many runs it is, and how many may run at a time; None: it is one run."""
+
+    @property
+    def jobs(self) -> list[str]:
+        """Ids of all its jobs, in the order in which they run."""
+        return [job for job in (self.prepared_by, self.reference, self.job_id) if job is not None]
+
+    def output(self, job_id: str) -> Path:
+        """Return the file that a job's output goes to."""
+        return self.folder / "slurm" / f"{job_id}.out"
 
 
 def run(config: RunConfig, recipe: str) -> int:
@@ -44,46 +61,49 @@ def run(config: RunConfig, recipe: str) -> int:
     if is_finished(config, recipe):
         print(f"already finished: weights in {RunFolder(config, recipe, lock=None).final}")
         return EXIT_DONE
-    if config.cluster.wait:
-        from launchers.follow import View, follow
+    if not config.cluster.wait:
+        print(described(submit(config, recipe)), flush=True)
+        return EXIT_DONE
+    from launchers.follow import View, follow
 
-        view = View(_folder(config))  # begins where the log is now
-        submitted = submit(config, recipe)
-        print(described(submitted), flush=True)
-        return follow(submitted, view)
-    print(described(submit(config, recipe)), flush=True)
-    return EXIT_DONE
+    view = View(_folder(config))  # begins where the log is now
+    submitted = submit(config, recipe)
+    print(described(submitted), flush=True)
+    return follow(submitted, view)
 
 
-def submit(config: RunConfig, recipe: str, *, after: str | None = None) -> Submission:
+def submit(config: RunConfig, recipe: str) -> Submission:
     """Check a run, freeze it in its folder and queue it.
 
     Args:
         config: The recipe, ``cluster.name`` slurm.
         recipe: Its re-runnable text.
-        after: Id of a job that must have succeeded before this one starts.
 
     Raises:
-        UserError: With a sentence for everything that is wrong; nothing is submitted then.
+        UserError: With a sentence for everything that is wrong; nothing stays submitted then.
         RunError: If Slurm does not answer.
     """
-    return _submit([(config, recipe)], _folder(config), after=after)
+    return _submit([(config, recipe)], _folder(config))
 
 
-def submit_array(runs: Sequence[Run], max_parallel: int | None = None, *, after: str | None = None) -> Submission:
-    """Check runs that differ in what they train, freeze each, and queue them as one job array; arguments and errors as ``submit``.
+def submit_array(runs: Sequence[Run], max_parallel: int | None = None, *, ahead: Sequence[Run] = ()) -> Submission:
+    """Check runs that differ in what they train, freeze each, and queue them as one job array; errors as ``submit``.
 
     Args:
         runs: Recipes and their texts, the folders of all in one folder: the sweep's.
         max_parallel: How many may run at a time; None: as many as Slurm lets.
-        after: Id of a job that must have succeeded before they start.
+        ahead: Runs, an array of their own, that must have succeeded before these start: they compute references.
     """
     clusters = {config.cluster.model_dump_json() for config, _ in runs}
     if len(clusters) > 1:
         raise UserError(
             "-m: the runs of a sweep are one job array on Slurm, of machines that are alike; sweep no key of cluster."
         )
-    return _submit(runs, _folder(runs[0][0]).parent, after=after, parallel=max_parallel or len(runs))
+    if runs[0][0].cluster.wait:
+        raise UserError(
+            "cluster.wait=True: one run is waited for, and not a sweep; set it to false, and look with python -m engine.sweep."
+        )
+    return _submit(runs, _folder(runs[0][0]).parent, parallel=min(max_parallel or len(runs), len(runs)), ahead=ahead)
 
 
 def is_finished(config: RunConfig, recipe: str) -> bool:
@@ -97,120 +117,123 @@ def is_finished(config: RunConfig, recipe: str) -> bool:
 
 
 def described(submitted: Submission) -> str:
-    """Return what the user is told: the job, its folder, and the commands that go with it."""
-    ids, log = submitted.job_id, submitted.folder / "log.txt"
-    jobs = ids if submitted.prepared_by is None else f"{submitted.prepared_by},{ids}"
-    lines = [f"submitted job {ids}"]
-    if submitted.prepared_by is not None:
-        lines[0] += f", which waits for job {submitted.prepared_by} to download and tokenise"
-    lines += [
-        f"run folder  {submitted.folder}",
-        f"follow      tail -n +1 -F {shlex.quote(str(log))}",
-        f"watch       squeue --jobs={jobs}",
-        f"output      {submitted.output}"
-        + (f" ({submitted.prepared_by}.out: preparing)" if submitted.prepared_by else ""),
-        f"cancel      scancel {jobs.replace(',', ' ')}",
+    """Return what the user is told: the jobs, their folder, and the commands that go with them."""
+    folder, prepared_by = submitted.folder, submitted.prepared_by
+    head, task = f"submitted job {submitted.job_id}", submitted.job_id
+    where = [f"run folder  {folder}", f"follow      tail -n +1 -F {shlex.quote(str(folder / 'log.txt'))}"]
+    if submitted.array is not None:
+        runs, parallel = submitted.array
+        at_a_time = f", {parallel} at a time" if parallel < runs else ""
+        head, task = f"{head} ({runs} run{'s' * (runs > 1)}{at_a_time})", f"{task}_N"
+        where = [f"sweep       {folder}", f"table       python -m engine.sweep {shlex.quote(str(folder))}"]
+    waits_for = [f"job {prepared_by} to download and tokenise"] if prepared_by else []
+    waits_for += [f"job {submitted.reference} to compute the reference"] if submitted.reference else []
+    lines = [
+        head + (f", which waits for {' and '.join(waits_for)}" if waits_for else ""),
+        *where,
+        f"watch       squeue --jobs={','.join(submitted.jobs)}",
+        f"output      {submitted.output(task)}" + (f" ({prepared_by}.out: preparing)" if prepared_by else ""),
+        f"cancel      scancel {' '.join(submitted.jobs)}",
     ]
-    if not submitted.output.endswith(f"/{ids}.out"):
-        del lines[2]  # each run of an array has a log of its own
     return "\n".join(lines)
 
 
-def check_plan(config: RunConfig) -> list[str]:
-    """Return a sentence for every reason known on this machine why the run could not be trained there."""
-    ranks, cluster = layout.named_ranks(config.cluster), config.cluster
-    assert ranks is not None  # the schema's checks ask for one
-    fields, per_node = hub.known_fields(config.model), layout.named_ranks_per_node(cluster)
-    found = layout.problems(config.backend, fields, config.train, config.data, ranks, per_node)
-    if config.backend.name == "megatron" and fields is not None:
-        found += megatron.check_fields(config.model.path, fields)
-    return found + [
-        p for path, revision, kind in _hub_ids(config) if (p := hub.refused(path, revision, kind)) is not None
-    ]
+def _check(runs: Sequence[Run], found: Sequence[slurm.Nodes]) -> None:
+    """Refuse runs that Slurm could never start or that could not be trained there; say where a card may be too small.
 
-
-def _hub_ids(config: RunConfig) -> Iterator[tuple[str, str | None, str]]:
-    """Return path, revision and kind of what the run may take from the hub."""
-    model, reference = config.model, config.algorithm.reference
-    yield model.path, model.revision, "model"
-    if model.tokenizer is not None:
-        yield model.tokenizer, None, "model"
-    if reference not in (None, "initial", "none"):
-        yield reference, None, "model"
-    for split in sources.LISTS:
-        for source in sources.of(config.data, split):
-            yield source.path, source.revision, "dataset"
-
-
-def _submit(runs: Sequence[Run], folder: Path, *, after: str | None, parallel: int | None = None) -> Submission:
-    """Submit one run, or an array of those that may run so many at a time."""
-    cluster = runs[0][0].cluster
-    per_node = layout.named_ranks_per_node(cluster)
-    assert per_node is not None
-    found = slurm.nodes()
-    problems = slurm.check(cluster, per_node, found) + [p for config, _ in runs for p in check_plan(config)]
+    Raises:
+        UserError: With a sentence for each reason.
+    """
+    problems, doubts = slurm.check(runs[0][0].cluster, found), []
+    unlike = {config.model_dump_json(include=DECISIVE): config for config, _ in runs}
+    for config in unlike.values():
+        problems += hub.refusals(config)
+        try:
+            doubts.append(plan.plan(config).problem)
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    with ExitStack() as held:
-        for config, recipe in runs:
-            held.enter_context(_held(config, recipe))
+    for doubt in dict.fromkeys(filter(None, doubts)):
+        print(f"{doubt} Cards of {plan.CARD_GB:g} GB are assumed; python -m engine.plan --card GB tells of others.")
+
+
+def _submit(runs: Sequence[Run], folder: Path, *, parallel: int | None = None, ahead: Sequence[Run] = ()) -> Submission:
+    """Submit one run, or an array of those that may run so many at a time, with all that it waits for."""
+    config, cluster, found = runs[0][0], runs[0][0].cluster, slurm.nodes()
+    _check(runs, found)
+    given = slurm.options(cluster, config.run.name, slurm.cores_per_node(cluster, found))
+    words = [] if parallel is None else [ARRAY]
+    with ExitStack() as held, Queue(folder, cluster.setup) as queue:
+        for each in [*ahead, *runs]:
+            held.enter_context(_held(*each))
         if cluster.prepare == "here":
-            _prepare_here(runs)
-        folders = [_folder(config) for config, _ in runs]
-        for path, (config, recipe) in zip(folders, runs, strict=True):
-            snapshot.freeze(path, config, recipe)
-        name = runs[0][0].run.name
-        prepared_by = _prepare_job(cluster, name, folder, folders) if cluster.prepare == "job" else None
-        try:
-            cores = slurm.cores_per_node(cluster, per_node, found)
-            job_id = _queue(cluster, name, folder, folders, cores, [i for i in (prepared_by, after) if i], parallel)
-        except BaseException:
-            if prepared_by is not None:
-                slurm.cancel(prepared_by)
-            raise
-        for number, path in enumerate(folders):
-            own = job_id if parallel is None else f"{job_id}_{number}"
-            snapshot.note(path, job_id=own, prepared_by=prepared_by)
-    output = folder / "slurm" / (f"{job_id}.out" if parallel is None else f"{job_id}_N.out")
-    return Submission(job_id, folder, prepared_by, str(output))
-
-
-def _queue(
-    cluster: ClusterSection,
-    name: str,
-    folder: Path,
-    folders: Sequence[Path],
-    cores: int,
-    waits_for: Sequence[str],
-    parallel: int | None,
-) -> str:
-    """Queue the job of a run, or the array of several, and return its id."""
-    given = slurm.options(cluster, name, cores)
-    given["comment"] = str(folder)
-    if waits_for:
-        given.update(dependency=f"afterok:{':'.join(waits_for)}", kill_on_invalid_dep="yes")
-    array = None if parallel is None else (len(folders), parallel)
-    words = [] if array is None else [ARRAY]
-    return slurm.submit(folder / "slurm", _command(words, folders), given, cluster.setup, array=array)
-
-
-def _prepare_job(cluster: ClusterSection, name: str, folder: Path, folders: Sequence[Path]) -> str:
-    """Queue the job that prepares runs, and return its id."""
-    given = slurm.prepare_options(cluster, name, PREPARE_CORES)
-    return slurm.submit(
-        folder / "slurm", _command([PREPARE], folders), {**given, "comment": str(folder)}, cluster.setup
+            for own, _ in runs:
+                prepare(own)
+        for own, recipe in [*ahead, *runs]:
+            snapshot.freeze(_folder(own), own, recipe)
+        prepared_by = reference = None
+        if cluster.prepare == "job":
+            alone = slurm.prepare_options(cluster, config.run.name, PREPARE_CORES)
+            prepared_by = queue.add([PREPARE], runs, alone, None)
+        if ahead:
+            reference = queue.add([ARRAY], ahead, given, parallel)
+        job_id = queue.add(words, runs, given, parallel)
+        for job, own_runs in ((reference, ahead), (job_id, runs)):
+            for number, (own, _) in enumerate(own_runs):
+                task = job if parallel is None else f"{job}_{number}"
+                snapshot.note(_folder(own), job_id=task, prepared_by=prepared_by)
+    return Submission(
+        job_id=job_id,
+        folder=folder,
+        prepared_by=prepared_by,
+        reference=reference,
+        array=None if parallel is None else (len(runs), parallel),
     )
 
 
-def _command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    return [sys.executable, "-u", "-m", "launchers.job", *words, *map(str, folders)]
+@dataclass
+class Queue:
+    """Jobs of which each waits for those before it; a context at whose end all of them are queued, or none."""
 
+    folder: Path
+    """Where their scripts and output go: below this one."""
+    setup: Sequence[str]
+    """Lines of bash that they begin with."""
+    jobs: list[str] = field(default_factory=list)
 
-def _prepare_here(runs: Sequence[Run]) -> None:
-    from launchers.prepare import prepare
+    def __enter__(self) -> Queue:
+        return self
 
-    for config, _ in runs:
-        prepare(config)
+    def add(self, words: Sequence[str], runs: Sequence[Run], options: Mapping[str, Any], parallel: int | None) -> str:
+        """Queue a job and return its id.
+
+        Args:
+            words: What ``launchers.job`` is to do with the folders of the runs.
+            runs: The runs.
+            options: Parameters of sbatch.
+            parallel: How many tasks of an array may run at a time; None: it is no array.
+        """
+        given: dict[str, Any] = {**options, "comment": str(self.folder)}
+        if parallel is not None:
+            given["array"] = f"0-{len(runs) - 1}%{parallel}"
+        if self.jobs:
+            given.update(dependency=f"afterok:{':'.join(self.jobs)}", kill_on_invalid_dep="yes")
+        folders = [str(_folder(config)) for config, _ in runs]
+        command = [sys.executable, "-u", "-m", "launchers.job", *words, *folders]
+        self.jobs.append(slurm.submit(self.folder / "slurm", command, given, self.setup))
+        return self.jobs[-1]
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or not self.jobs:
+            return
+        try:
+            slurm.cancel(*self.jobs)
+        except RunError as failure:
+            left = " ".join(self.jobs)
+            raise RunError(
+                f"{error}\njobs {left} are queued all the same; end them with scancel {left}. {failure}"
+            ) from error
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,9 +209,9 @@ def test_table_orders_by_metric_and_says_where_each_run_stands(tmp_path: Path) -
     record = Record(command="", metric=metric, mode="min", points={f"{i:03d}": {"run.seed": f"{i}"} for i in range(7)})
     with (live / LOCK).open("a+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        lowest = [line.split(None, 4) for line in status.table(tmp_path, record).splitlines()[1:8]]
+        lowest = [line.split(None, 4) for line in status.table(tmp_path, record, {}).splitlines()[1:8]]
         record.mode = "max"
-        highest = [line.split()[0] for line in status.table(tmp_path, record).splitlines()[1:8]]
+        highest = [line.split()[0] for line in status.table(tmp_path, record, {}).splitlines()[1:8]]
     assert lowest == [
         ["000", "0", "3", "4", "done"],
         ["001", "1", "4", "4", "done"],
@@ -306,31 +305,14 @@ def test_preparing_computes_the_reference_and_trains_nothing(dpo: list[str], tmp
     assert "reference: all 80 log-probabilities of train are there" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_slurm_gets_one_array_and_a_job_for_the_reference(
-    dpo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is handed to the launcher; the launcher itself, with a real Slurm, is tested in tests/slurm."""
-    submitted: list[Any] = []
-
-    def submit_array(runs: Any, max_parallel: Any, after: Any = None) -> Any:
-        submitted.append(([(config.run.dir, config.run.prepare_only) for config, _ in runs], max_parallel, after))
-        return types.SimpleNamespace(job_id=f"7{len(submitted)}", folder=tmp_path)
-
-    monkeypatch.setattr(start, "import_module", lambda name: types.SimpleNamespace(submit_array=submit_array))
-    monkeypatch.setattr(start, "_is_queued", lambda job: job == "72")
-    beta, seeds = "algorithm.reference_policy_kl_penalty=0.05,0.1", "run.seed=0,1"
-    own = [*dpo, beta, seeds, "cluster.max_parallel=3", f"run.dir={tmp_path / 's'}"]
-    found, record = points(own)
-    for point in found:
-        point.freeze()
-    assert start._submit(found, tmp_path / "s", record) == 0
-    ahead = [(str(tmp_path / "s" / f"reference{i}"), True) for i in range(2)]
-    assert submitted == [(ahead, 3, None), ([(str(p.folder), False) for p in found], 3, "71")]
-    assert Record.of(tmp_path / "s").job == "72"
-    with pytest.raises(UserError, match="job 72 of this sweep is still queued or running; .* scancel 72"):
-        start._missing(found, tmp_path / "s")
-    alone = [*dpo, "algorithm.preference_loss=simpo,orpo", "cluster.max_parallel=3", f"run.dir={tmp_path / 'other'}"]
-    assert start._references(points(alone)[0], tmp_path) == []
+def test_a_reference_that_one_run_needs_or_none_is_not_computed_ahead(dpo: list[str], tmp_path: Path) -> None:
+    for more in (
+        ["algorithm.preference_loss=simpo,orpo"],
+        ["run.seed=0,1"],
+        ["data.cache=off", "optimizer.lr=1e-3,1e-4"],
+    ):
+        found, _ = points([*dpo, *more, f"run.dir={tmp_path}"])
+        assert len(found) == 2 and start._references(found, tmp_path) == []
 
 
 def test_sweep_command_of_another_folder_is_answered(tmp_path: Path) -> None:

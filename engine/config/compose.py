@@ -140,6 +140,14 @@ def _quoted(word: str) -> str:
     return "recipe=" + ",".join(f"'{part}'" if part.startswith("git+") else part for part in value.split(","))
 
 
+def quoted(value: str | Path) -> str:
+    """Return a value as Hydra's grammar reads it, whatever is in it; plain paths stay as they are."""
+    text = str(value)
+    if re.fullmatch(r"/[A-Za-z0-9/_.-]*", text):
+        return text
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + "\\'" * bool(found[2]), text) + "'"
+
+
 def swept(overrides: list[str]) -> list[str]:
     """Return the overrides after what the recipe sweeps over, ``hydra.sweeper.params``, as far as they do not say it themselves."""
     parsed, known, chosen = find(overrides)

@@ -19,8 +19,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("dir", type=Path, metavar="DIR", help="the sweep's folder: run.dir of python -m engine -m …")
     folder = parser.parse_args(argv).dir.absolute()
     record = Record.of(folder)
-    print(status.table(folder, record))
-    if not all(is_live(folder / name) or status.is_done(folder / name) for name in record.points):
+    submitted = status.ask_slurm(record)
+    print(status.table(folder, record, submitted))
+    settled = all(is_live(folder / name) or status.is_done(folder / name) for name in record.points)
+    if not settled and not submitted:  # until that has ended, the command would be refused
         print(f"{record.command} goes on with what is missing")
     return EXIT_DONE
 

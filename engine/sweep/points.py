@@ -39,8 +39,13 @@ class Record:
     """``checkpoint.mode``: min or max."""
     points: dict[str, dict[str, str]] = field(default_factory=dict)
     """The swept values of each run, by key, by the name of its folder."""
-    job: str | None = None
-    """Slurm's job that runs them; None: they run on one machine."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Slurm's task, JOB_NUMBER, of each run that was submitted last, by the name of its folder."""
+
+    @property
+    def job(self) -> str | None:
+        """Slurm's job that has these tasks; None: nothing was submitted."""
+        return next((task.partition("_")[0] for task in self.tasks.values()), None)
 
     @classmethod
     def of(cls, folder: Path) -> Record:
@@ -95,7 +100,11 @@ class Point:
         """Return the words with which ``python -m engine`` runs it, in its folder or another."""
         resume = self.config.run.resume
         where = folder or self.folder
-        return [f"recipe={_quoted(self.file)}", f"run.dir={_quoted(where)}", f"run.resume={_quoted(resume)}"]
+        return [
+            f"recipe={compose.quoted(self.file)}",
+            f"run.dir={compose.quoted(where)}",
+            f"run.resume={compose.quoted(resume)}",
+        ]
 
     def same_horizon(self) -> bool:
         """Tell whether the run in its folder was to go as far as this one."""
@@ -191,14 +200,6 @@ def _record(root: Path, overrides: Sequence[str], config: RunConfig) -> Record:
     if (root / "metrics.jsonl").exists():
         raise UserError(f"run.dir={root}: holds a run, and is to be a sweep's folder; choose another one.")
     words = [word for word in overrides if not word.startswith("run.dir=")]
-    command = f"python -m engine -m {shlex.join([*words, f'run.dir={_quoted(root)}'])}"
+    command = f"python -m engine -m {shlex.join([*words, f'run.dir={compose.quoted(root)}'])}"
     before = Record.of(root).points if (root / FILE).is_file() else {}
     return Record(command=command, metric=config.checkpoint.metric, mode=config.checkpoint.mode, points=before)
-
-
-def _quoted(value: str | Path) -> str:
-    """Return a value as Hydra reads it whatever is in it; plain paths stay as they are."""
-    text = str(value)
-    if all(c.isalnum() or c in "/_.-~" for c in text):
-        return text
-    return '"' + text.replace('"', '\\"') + '"'

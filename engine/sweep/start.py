@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 from engine import checkpoint
@@ -46,7 +42,7 @@ def start(overrides: Sequence[str]) -> int:
         missing = _missing(found, root)
         if not missing:
             print(f"nothing is missing of {len(found)} runs")
-            print(status.table(root, record))
+            print(status.table(root, record, {}))
             return EXIT_DONE
         for point in missing:
             point.freeze()
@@ -66,8 +62,9 @@ def _missing(found: Sequence[Point], root: Path) -> list[Point]:
     conflict = next((conflict for point in begun if (conflict := point.conflict()) is not None), None)
     if conflict is not None:
         raise UserError(conflict)
-    job = Record.of(root).job if (root / FILE).is_file() else None
-    if job is not None and _is_queued(job):
+    before = Record.of(root) if (root / FILE).is_file() else None
+    if before is not None and status.ask_slurm(before):
+        job = before.job
         raise UserError(
             f"run.dir={root}: job {job} of this sweep is still queued or running; wait for it, or end it with scancel {job}."
         )
@@ -87,7 +84,7 @@ def _run(points: Sequence[Point], root: Path, record: Record) -> int:
         f"sweep folder {root}: {len(points)} runs" + (f", {others} that are done or running left alone" * bool(others))
     )
     runs.run(points)
-    print(f"\n{status.table(root, record)}", flush=True)
+    print(f"\n{status.table(root, record, {})}", flush=True)
     if all(status.is_done(root / name) for name in record.points):
         return EXIT_DONE
     print(f"{record.command} goes on with what is missing")
@@ -95,18 +92,14 @@ def _run(points: Sequence[Point], root: Path, record: Record) -> int:
 
 
 def _submit(points: Sequence[Point], root: Path, record: Record) -> int:
-    """Submit points as one job array; a reference that several need is computed in a job that they wait for."""
-    launcher = import_module("launchers.submit")  # loaded only where something is submitted
-    most, after, prepared = points[0].config.cluster.max_parallel, None, _references(points, root)
-    if prepared:
-        after = launcher.submit_array(prepared, most).job_id
-        print(f"job {after} computes the reference, which the others wait for")
-    submission = launcher.submit_array([(point.config, point.recipe) for point in points], most, after=after)
-    record.job = submission.job_id
+    """Submit points as one job array; references that several need are computed in a job that they wait for."""
+    from launchers import submit  # loaded only where something is submitted
+
+    runs, ahead = [(point.config, point.recipe) for point in points], _references(points, root)
+    submitted = submit.submit_array(runs, points[0].config.cluster.max_parallel, ahead=ahead)
+    record.tasks = {point.folder.name: f"{submitted.job_id}_{number}" for number, point in enumerate(points)}
     record.write(root)
-    at_a_time = "" if most is None else f", {most} at a time"
-    print(f"job {record.job}: {len(points)} runs in {root}{at_a_time}")
-    print(f"python -m engine.sweep {shlex.quote(str(root))} shows where they stand; scancel {record.job} ends them")
+    print(submit.described(submitted))
     return EXIT_DONE
 
 
@@ -135,11 +128,3 @@ def _reference(config: RunConfig) -> str | None:
     steps = (algorithm.max_num_steps, algorithm.max_num_epochs, config.train.global_batch_size, config.run.seed)
     model = config.model.model_dump(mode="json", exclude={"lora"})
     return json.dumps([model, config.data.model_dump(mode="json"), algorithm.reference, config.backend.name, steps])
-
-
-def _is_queued(job: str) -> bool:
-    """Tell whether Slurm still has a job."""
-    with suppress(FileNotFoundError):  # no Slurm here
-        found = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
-        return found.returncode == 0 and bool(found.stdout.strip())
-    return False

@@ -1,11 +1,12 @@
-"""Where the runs of a sweep stand, read from their folders alone: on one machine or many, live or long over."""
+"""Where the runs of a sweep stand, by their folders, live or long over; by Slurm too, of what it has still queued or running."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ from engine.columns import columns
 from engine.run_folder import is_live
 from engine.sweep.points import Record
 
-Kind = Literal["done", "running", "stopped", "failed", "missing"]
-ORDER: tuple[Kind, ...] = ("done", "running", "stopped", "failed", "missing")
+Kind = Literal["done", "running", "queued", "stopped", "failed", "missing"]
+ORDER: tuple[Kind, ...] = ("done", "running", "queued", "stopped", "failed", "missing")
 BEGUN = "run folder "
 ENDS: dict[str, Kind] = {"done: ": "done", "already finished: ": "done", "stopped by ": "stopped", "error: ": "failed"}
 """How the lines of log.txt begin that say how a run has ended."""
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+"""Slurm's states of a job that is yet to start, or to start again."""
 SILENT = "ended without a word: its process was killed, or its machine was lost"
 
 
@@ -45,7 +48,7 @@ class Status:
     def __str__(self) -> str:
         if self.kind == "failed":
             return f"failed: {self.said}"
-        if self.kind in ("running", "stopped"):
+        if self.kind in ("running", "stopped") or (self.kind == "queued" and self.step):
             return f"{self.kind}, {self.place}"
         return self.kind
 
@@ -79,9 +82,29 @@ def progress(folder: Path) -> str:
     return Status(kind="running", step=lines[-1]["step"] if lines else None, total=total_steps(folder)).place
 
 
-def table(root: Path, record: Record) -> str:
-    """Return the runs of a sweep as a table, those that are done first, the best of them at the top."""
+def ask_slurm(record: Record) -> dict[str, Kind]:
+    """Return which runs Slurm has queued or running, by the names of their folders; none where Slurm is not at hand."""
+    if record.job is None:
+        return {}
+    from launchers import slurm  # loaded only where something was submitted
+
+    states = slurm.states(record.job)
+    kinds: dict[str, Kind] = {task: "queued" if state in WAITING else "running" for task, state in states.items()}
+    return {name: kinds[task] for name, task in record.tasks.items() if task in kinds}
+
+
+def table(root: Path, record: Record, submitted: Mapping[str, Kind]) -> str:
+    """Return the runs of a sweep as a table, those that are done first, the best of them at the top.
+
+    Args:
+        root: The sweep's folder.
+        record: What its sweep.json holds.
+        submitted: Which runs Slurm has queued or running, by the names of their folders: it knows it before their folders do.
+    """
     found = {name: read(root / name, record.metric, record.mode) for name in record.points}
+    for name, kind in submitted.items():
+        if found[name].kind not in ("done", "running"):
+            found[name] = replace(found[name], kind=kind)
     keys = list(dict.fromkeys(key for values in record.points.values() for key in values))
     rows = [("run", *keys, record.metric, "at step", "")]
     for name in sorted(found, key=lambda name: (*_rank(found[name], record.mode), name)):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from engine.config.checks import check
-from engine.config.compose import compose, known_keys, needs_quickstart, with_quickstart
+from engine.config.compose import compose, known_keys, needs_quickstart, parse, quoted, with_quickstart
 from engine.config.help import docstrings, text
 from engine.config.names import FOREIGN_NAMES
 from engine.config.places import library
@@ -389,3 +389,12 @@ def test_wheel_carries_conf_and_recipes(tmp_path: Path) -> None:
         and conf == str(tmp_path / "site" / "engine" / "conf")
         and path == "builtin:tiny_llama"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/runs/a-b_1.2", "a b", "it's", 'a "b" (c), d=e', "a\\b", "a\\'b", "end\\", "end\\\\", "/é", "~/a", "null", "1e3", "${a}", "git+x#y", ""],
+)  # fmt: skip
+def test_any_text_is_read_as_it_is_once_quoted(text: str) -> None:
+    assert parse([f"run.dir={quoted(text)}"])[0].value() == text
+    assert text != "/runs/a-b_1.2" or quoted(text) == text

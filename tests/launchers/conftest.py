@@ -35,7 +35,10 @@ echo "Submitted batch job $id"
     "sinfo": 'cat "$FAKE/sinfo"\n',
     "squeue": """\
 for word in "$@"; do case $word in --jobs=*) id=${word#--jobs=};; esac; done
-if [ -f "$FAKE/states/$id" ]; then cat "$FAKE/states/$id"; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
+echo "$id" >> "$FAKE/asked"
+cd "$FAKE/states"; known=$(ls | grep -E "^${id}(_[0-9]+)?$")
+if [ -z "$known" ]; then echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
+for task in $known; do echo "$task $(cat $task)"; done
 """,
     "scontrol": 'cat "$FAKE/ended/$4"\n',
     "scancel": 'echo "$@" >> "$FAKE/cancelled"\n',
@@ -81,7 +84,15 @@ class FakeSlurm:
 
     @property
     def cancelled(self) -> list[str]:
-        file = self.folder / "cancelled"
+        return self._noted("cancelled")
+
+    @property
+    def asked(self) -> list[str]:
+        """Ids of the jobs whose states were asked for."""
+        return self._noted("asked")
+
+    def _noted(self, name: str) -> list[str]:
+        file = self.folder / name
         return file.read_text().split() if file.is_file() else []
 
 

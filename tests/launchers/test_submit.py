@@ -8,16 +8,19 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from engine.__main__ import main
 from engine.config.compose import compose
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from launchers import slurm as asked
 from launchers import snapshot
+from launchers.prepare import prepare
 from launchers.submit import submit, submit_array
 from tests.conftest import ROOT
 from tests.launchers.conftest import FakeSlurm
@@ -196,7 +199,7 @@ def test_no_slurm_here(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     said = refused([*base, *GPUS, f"run.dir={tmp_path / 'run'}"], capsys)
-    assert "there is no sbatch on PATH" in said and not (tmp_path / "run").exists()
+    assert "there is no sinfo on PATH" in said and not (tmp_path / "run").exists()
 
 
 def test_sbatch_refuses_and_the_job_that_prepares_is_cancelled(
@@ -270,13 +273,94 @@ def test_a_model_that_the_hub_does_not_give(
     assert slurm.jobs == []
 
 
+LARGE = "model.config_overrides={hidden_size: 8192, intermediate_size: 28672, num_hidden_layers: 80}"
+
+
+def test_what_the_plan_calls_impossible_is_not_queued(
+    slurm: FakeSlurm, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*base, *GPUS, "train.global_batch_size=64", f"data.cache_dir={tmp_path / 'cache'}"]
+    composed = compose([*words, f"run.dir={tmp_path / 'before'}"])
+    submit(composed.config, composed.recipe)  # how many conversations there are is not known yet
+    prepare(composed.config)
+    capsys.readouterr()
+    error = refused([*words, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert "train.global_batch_size=64 is more than the 40 conversations of an epoch" in error
+    assert len(error.splitlines()) == 1 and len(slurm.jobs) == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_the_backend_does_not_have_is_found_without_its_sizes(
+    slurm: FakeSlurm, base: list[str], tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = tmp_path / "hub" / "models--someone--gpt" / "snapshots" / "1"
+    hub.mkdir(parents=True)
+    (hub.parent.parent / "refs").mkdir()
+    (hub.parent.parent / "refs" / "main").write_text("1")
+    (hub / "config.json").write_text('{"model_type": "gpt2", "n_embd": 768}')
+    words = [*base, *GPUS, "model.path=someone/gpt", f"model.tokenizer={model_folder}", "backend=megatron"]
+    found = subprocess.run(
+        [sys.executable, "-m", "engine", *words, f"run.dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")},
+    )  # fmt: skip
+    assert found.returncode == 2 and "backend=megatron has no models of type gpt2" in found.stderr
+    assert slurm.jobs == []
+
+
+def test_a_card_that_may_be_too_small_is_said_and_the_run_queued(
+    slurm: FakeSlurm, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*base, "model.init=random", LARGE]
+    assert main([*words, *GPUS, f"run.dir={tmp_path / 'gpus'}"]) == 0
+    doubt, submitted, *_ = capsys.readouterr().out.splitlines()
+    assert doubt.startswith("memory: a device needs ") and "and a card has 80; add " in doubt
+    assert doubt.endswith("Cards of 80 GB are assumed; python -m engine.plan --card GB tells of others.")
+    assert submitted.startswith("submitted job 102")
+    assert main([*words, *CPUS, f"run.dir={tmp_path / 'cpus'}"]) == 0
+    assert capsys.readouterr().out.startswith("submitted job 104")
+
+
+def test_runs_that_the_plan_cannot_tell_apart_are_planned_once(
+    slurm: FakeSlurm, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    monkeypatch.setattr(
+        "engine.plan.plan", lambda config: planned.append(config) or types.SimpleNamespace(problem=None)
+    )
+    values = (["optimizer.lr=1e-3"], ["optimizer.lr=1e-4", "run.seed=1"], ["data.max_length=128"])
+    runs = [compose([*base, *CPUS, *own, f"run.dir={tmp_path / str(i)}"]) for i, own in enumerate(values)]
+    submit_array([(run.config, run.recipe) for run in runs])
+    assert sorted(config.data.max_length for config in planned) == [128, 256]
+
+
+def test_what_cannot_be_noted_is_not_left_in_the_queue(
+    slurm: FakeSlurm, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = compose([*base, *CPUS, f"run.dir={tmp_path}"])
+    noted = snapshot.note
+
+    def full(folder: Path, **values: Any) -> None:
+        if values.get("job_id") is not None:
+            raise OSError(28, "No space left on device")
+        noted(folder, **values)
+
+    monkeypatch.setattr(snapshot, "note", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(composed.config, composed.recipe)
+    assert slurm.cancelled == ["101", "102"]
+    (slurm.folder / "bin" / "scancel").write_text("#!/bin/sh\necho 'slurmctld is down' >&2; exit 1\n")
+    with pytest.raises(
+        RunError, match=r"No space left(.|\n)*jobs 103 104 are queued all the same; .*slurmctld is down"
+    ):
+        submit(composed.config, composed.recipe)
+
+
 def test_an_array_of_runs(slurm: FakeSlurm, base: list[str], tmp_path: Path) -> None:
     folders = [tmp_path / f"{i:03d}" for i in range(3)]
     runs = [compose([*base, *CPUS, f"run.seed={i}", f"run.dir={folder}"]) for i, folder in enumerate(folders)]
-    done = submit_array([(run.config, run.recipe) for run in runs], 2, after="77")
+    done = submit_array([(run.config, run.recipe) for run in runs], 2)
     assert (done.job_id, done.prepared_by, done.folder) == ("102", "101", tmp_path)
     job = slurm.options("102")
-    assert job["array"] == "0-2%2" and job["dependency"] == "afterok:101:77" and job["output"].endswith("%A_%a.out")
+    assert job["array"] == "0-2%2" and job["dependency"] == "afterok:101" and job["output"].endswith("%A_%a.out")
     assert shlex.split(slurm.command("102"))[5:] == ["--array", *map(str, folders)]
     assert [snapshot.read(folder)[0].run.seed for folder in folders] == [0, 1, 2]
     assert [snapshot.read_note(folder)["job_id"] for folder in folders] == ["102_0", "102_1", "102_2"]

@@ -44,7 +44,7 @@ def test_two_nodes_leave_a_run_folder_like_a_local_one(
     run.wait()
     assert losses(run.run_dir) == losses(undisturbed) and len(losses(undisturbed)) == STEPS
     own = {p.name for p in run.run_dir.iterdir()}
-    assert own - {"slurm.json", "slurm", ".lock.submit"} == {p.name for p in undisturbed.iterdir()}
+    assert own - {"slurm.json", ".slurm.json.lock", "slurm", ".lock.submit"} == {p.name for p in undisturbed.iterdir()}
     wait_for(lambda: not slurm.running() and not slurm.files(), "all is ended", 30.0)
     (start,) = starts(run)
     assert start["job"] == run.job and start["step"] == 0 and len(start["nodes"]) == 2
