@@ -51,8 +51,8 @@ def slurm(nodes: Cluster) -> Iterator[Cluster]:
         nodes.run(["scancel", job])
     wait_for(lambda: nodes.ask("squeue", "-h") == "", "no job is left")
     for name in nodes.nodes:
-        nodes.join(name)
         nodes.boot(name)
+        nodes.join(name)
     wait_for(lambda: nodes.idle() == set(nodes.nodes), "all nodes are idle again")
     wait_for(lambda: not nodes.running(), "no process of a job is left on a node", timeout_s=20.0)
     for folder in nodes.files():  # of jobs that were killed; the next job on these nodes would remove them
