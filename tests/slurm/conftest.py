@@ -69,7 +69,7 @@ class Submitted:
         """Return Slurm's word for where the job is."""
         return self.slurm.job(self.job)["JobState"]
 
-    def wait(self, *states: str, timeout_s: float = 240.0) -> None:
+    def wait(self, *states: str, timeout_s: float = 400.0) -> None:
         """Wait for one of some states; COMPLETED where none is named."""
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "PREEMPTED"}
         wanted = set(states) or {"COMPLETED"}
