@@ -41,7 +41,8 @@ def test_sweep_is_an_array_of_which_two_run_at_once_on_the_same_nodes(
     words += ["cluster.sbatch.nodelist='node[1-2]'", "-m", f"optimizer.lr={','.join(RATES)}"]
     done = command(slurm, tmp_path, "engine", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    job, most = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["job"], 0
+    tasks, most = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["tasks"], 0
+    job = tasks["000"].partition("_")[0]
     deadline = time.monotonic() + 700
     while queued := slurm.ask("squeue", "-h", "-r", "-o", "%T", f"--jobs={job}").split():
         most = max(most, queued.count("RUNNING"))
