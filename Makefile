@@ -6,7 +6,7 @@ TRITON36_VENV ?= .venv-triton36
 BIN = $(VENV)/bin
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test check aot aot36 parity bench clean
+.PHONY: setup quickstart test slurm check aot aot36 parity bench clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -18,10 +18,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/python -m engine
 
-# Triton's interpreter is chosen when triton is first imported: its tests have a process of their own.
+# As many files at a time as there are workers; half of them wait for processes that they start. Triton's interpreter is chosen
+# when triton is first imported: its tests have processes of their own.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/slurm
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/interpreter
+
+# Simulated clusters, for which there is no more than one at a time.
+slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 check: setup
 	$(BIN)/ruff check .

@@ -150,7 +150,7 @@ def read_metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, Any]]
     return [line for line in lines if key in line]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def engine_process() -> Callable[..., subprocess.Popen[str]]:
     """Start ``python -m engine`` with overrides, in a process of its own."""
 

@@ -53,18 +53,19 @@ def wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     wandb.teardown()
 
 
-def wandb_records(folder: Path) -> list[Any]:
+def wandb_records(file: Path) -> list[Any]:
     """Return the records of an offline run: protocol buffers in the log format of LevelDB, in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.glob("*.wandb")
     data, at, whole, records = file.read_bytes(), 7, b"", []
-    assert data.startswith(b":W&B")
-    while at + 7 <= len(data):
+    assert b":W&B".startswith(data[:4])
+    while at + 7 <= len(data):  # the last record may be half written
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            break
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -78,23 +79,38 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
     return [{i.key or "/".join(i.nested_key): yaml.safe_load(i.value_json) for i in row.item} for row in rows]
 
 
+def wandb_sessions(run_dir: Path, last_steps: list[int]) -> list[list[Any]]:
+    """Return the records of a run's sessions, once each has come to its last step: wandb's service may still be writing."""
+    deadline = time.monotonic() + 120
+    while True:
+        sessions = [wandb_records(file) for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))]
+        reached = [[row["step"] for row in history(session)][-1:] for session in sessions]
+        if reached == [[step] for step in last_steps]:
+            return sessions
+        assert time.monotonic() < deadline, reached
+        time.sleep(0.05)
+
+
 def test_wandb_goes_on_with_the_same_run(
-    base: list[str], tmp_path: Path, wandb_offline: None, capfd: pytest.CaptureFixture[str]
+    base: list[str],
+    tmp_path: Path,
+    wandb_offline: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run_dir.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     config = configured(base, run_dir, "wandb", "logger.wandb.tags=[a,b]", "logger.wandb.project=p")
-    before = {p.name for p in Path.cwd().iterdir()}
     assert write(config, run_dir, 0, range(5)) == []
     assert write(config, run_dir, 2, range(3, 6)) == []  # steps 3 and 4 are done again
     assert capfd.readouterr() == ("", "")
-    assert {p.name for p in Path.cwd().iterdir()} == before
+    assert not list(elsewhere.iterdir())
     assert {p.name for p in run_dir.iterdir()} == {"wandb", ".wandb_id"}
 
-    deadline, rows = time.monotonic() + 20, [[]]
-    while not rows[-1] and time.monotonic() < deadline:  # its service may still be writing
-        sessions = [wandb_records(d) for d in sorted((run_dir / "wandb").glob("offline-run-*"))]
-        rows = [history(s) for s in sessions]
+    sessions = wandb_sessions(run_dir, [4, 5])
+    rows = [history(s) for s in sessions]
     assert [[row["step"] for row in session] for session in rows] == [[0, 1, 2, 3, 4], [3, 4, 5]]
     assert rows[0][0]["train/loss"] == 2.0 and rows[0][0]["perf/step_s"] == 0.5 and rows[1][2]["train/loss"] == 0.2
     runs = [next(r.run for r in s if r.WhichOneof("record_type") == "run") for s in sessions]
@@ -282,8 +298,7 @@ def test_every_logger_gets_the_figures_of_a_run_and_of_its_continuation(
     losses = {line["step"]: line["train/loss"] for line in read_metrics(run_dir)}
     assert sorted(losses) == [1, 2, 3, 4, 5]
 
-    sessions = [wandb_records(d) for d in sorted((run_dir / "wandb").glob("offline-run-*"))]
-    rows = [row for session in sessions for row in history(session)]
+    rows = [row for session in wandb_sessions(run_dir, [3, 5]) for row in history(session)]
     assert {row["step"]: row["train/loss"] for row in rows if "train/loss" in row} == losses
     assert all("host/rss_gb" in row for row in rows if "train/loss" in row)
     read = EventAccumulator(str(run_dir / "tensorboard"))

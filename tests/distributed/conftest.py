@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import pytest
 from rank_pool import RankPool
 
+from engine.config.compose import compose
+from engine.config.schema import RunConfig
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def two_ranks(_own_cache: None, _one_thread: None) -> Iterator[RankPool]:
-    """Two processes with a process group; see ``RankPool``."""
+    """Two processes with a process group; see ``RankPool``. Groups that a file's tests leave behind end with it: idle, they cost time."""
     pool = RankPool(2)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks(_own_cache: None, _one_thread: None) -> Iterator[RankPool]:
     """Four of them."""
     pool = RankPool(4)
@@ -27,14 +31,14 @@ def four_ranks(_own_cache: None, _one_thread: None) -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one() -> Any:
     pool = RankPool(1)
     yield pool
     pool.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ranks(one: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> dict[int, RankPool]:
     return {1: one, 2: two_ranks, 4: four_ranks}
 
@@ -67,7 +71,7 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) ->
 
 
 @pytest.fixture(scope="session")
-def recipes(
+def words(
     base: list[str], deep_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[str]]:
     """Return the overrides of a small run."""
@@ -86,3 +90,9 @@ def recipes(
         return list({o.split("=", 1)[0]: o for o in own}.values())
 
     return make
+
+
+@pytest.fixture(scope="session")
+def recipes(words: Callable[..., list[str]]) -> Callable[..., RunConfig]:
+    """Return the recipe of a small run: composed here, once, and not by each of its ranks."""
+    return functools.cache(lambda *chosen: compose(words(*chosen)).config)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import rank_pool
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine import backends, objectives
-from engine.config.compose import compose
 from engine.config.layout import Layout
 from engine.config.schema import RunConfig
 from engine.data.assemble import assemble
@@ -82,6 +82,12 @@ def in_a_layout_of_its_own(work: F) -> F:
     return done  # type: ignore[return-value]
 
 
+@in_a_layout_of_its_own
+def whole_run(ranks: Ranks, overrides: Sequence[str]) -> int:
+    """Do a whole run on this rank, and return its exit code."""
+    return rank_pool.whole_run(ranks, overrides)
+
+
 def loader_of(config: RunConfig, ranks: Ranks) -> Loader:
     layout = Layout.of(config.backend, ranks.size)
     return train_loader(
@@ -100,7 +106,7 @@ def loader_of(config: RunConfig, ranks: Ranks) -> Loader:
 @in_a_layout_of_its_own
 def train(
     ranks: Ranks,
-    overrides: Sequence[str],
+    config: RunConfig,
     steps: Sequence[int] = range(4),
     *,
     resume: Path | None = None,
@@ -108,7 +114,6 @@ def train(
     export: Path | None = None,
 ) -> dict[str, Any]:
     """Train some steps, after a checkpoint where one is given, and return losses and norms; save after so many steps."""
-    config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend = backends.build(config, ranks)
     backend.probe([loader.data[i] for i in range(3)])
@@ -157,9 +162,8 @@ def precision(backend: Any, config: RunConfig) -> dict[str, Any]:
 
 
 @in_a_layout_of_its_own
-def train_with_a_bad_step(ranks: Ranks, overrides: Sequence[str]) -> dict[str, Any]:
+def train_with_a_bad_step(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
     """Train three steps, the second of a loss that is not finite, and look at the parameters around it."""
-    config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend: Any = backends.build(config, ranks)
     skipped, before = [], []
@@ -172,9 +176,8 @@ def train_with_a_bad_step(ranks: Ranks, overrides: Sequence[str]) -> dict[str, A
 
 
 @in_a_layout_of_its_own
-def evaluate(ranks: Ranks, overrides: Sequence[str]) -> dict[str, float]:
+def evaluate(ranks: Ranks, config: RunConfig) -> dict[str, float]:
     """Return the loss over all of an epoch before any training."""
-    config = compose(list(overrides)).config
     loader, objective = loader_of(config, ranks), objectives.build(config.algorithm)
     backend = backends.build(config, ranks)
     result = backend.evaluate((b for step in range(3) for b in loader.step(step)), objective)
@@ -182,23 +185,22 @@ def evaluate(ranks: Ranks, overrides: Sequence[str]) -> dict[str, float]:
 
 
 @in_a_layout_of_its_own
-def answers(ranks: Ranks, overrides: Sequence[str], conversations: Any, ends: list[int]) -> list[str]:
+def answers(ranks: Ranks, config: RunConfig, conversations: Any, ends: list[int]) -> list[str]:
     """Return greedy answers, which end with any of some tokens."""
-    backend: Any = backends.build(compose(list(overrides)).config, ranks)
+    backend: Any = backends.build(config, ranks)
     backend.lm.generation_config.eos_token_id = ends
     found: list[str] = backend.generate(conversations, 12)
     return found
 
 
 @in_a_layout_of_its_own
-def loaded(ranks: Ranks, overrides: Sequence[str], export: Path, ids: Tensor) -> Tensor:
+def loaded(ranks: Ranks, config: RunConfig, export: Path, ids: Tensor) -> Tensor:
     """Load and export a model, and return the log-probabilities of a document's tokens."""
     import numpy as np
 
     from engine.data.batch import collate_packed
     from engine.types import Sample
 
-    config = compose(list(overrides)).config
     backend: Any = backends.build(config, ranks)
     backend.export(export if ranks.main else None)
     ranks.gather(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -10,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -75,7 +76,8 @@ class RankPool:
             self._folder = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.imports"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         store = Path(self._folder.name) / "store"
         for rank in range(self.size):
@@ -100,6 +102,19 @@ class RankPool:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         outcomes.update({rank: (False, "did not come back") for rank in waiting.values()})
         return outcomes
+
+
+def whole_run(ranks: Any, overrides: Sequence[str]) -> int:
+    """Do on this rank what ``python -m engine cluster=env`` does once a launcher has started it, and return the exit code.
+
+    A process that imports all of torch for a run of some steps takes most of its time for that.
+    """
+    from engine import worker
+    from engine.config.compose import compose
+    from engine.train import StopRequest
+
+    composed = compose([*overrides, "cluster=env"])
+    return worker.main(composed.config, composed.recipe, ranks, StopRequest())
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
@@ -130,3 +145,5 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
             except BaseException:
                 outcome = pickle.dumps((False, traceback.format_exc()))
             connection.send_bytes(outcome)
+            gc.collect()
+            gc.freeze()  # what was imported stays: no later collection looks at all of torch

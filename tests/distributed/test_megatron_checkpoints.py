@@ -15,6 +15,9 @@ import pytest
 from megatron_ranks import LAYOUTS, close, in_layout
 from rank_pool import RankPool
 
+import engine
+from engine.config.schema import RunConfig
+from engine.errors import UserError
 from engine.ranks import Ranks
 from tests.conftest import ROOT, read_metrics
 
@@ -26,7 +29,7 @@ OTHERS = {"tp·pp": ["one rank", "dp·tp", "tp·cp", "pp+virtual"], "dp·tp": ["
 
 @pytest.fixture
 def half(
-    recipes: Callable[..., list[str]],
+    recipes: Callable[..., RunConfig],
     ranks: dict[int, RankPool],
     tmp_path: Path,
 ) -> Callable[..., tuple[Path, dict[str, Any]]]:
@@ -42,19 +45,19 @@ def half(
     return make
 
 
-def saved_on_the_way(ranks: Ranks, recipe: list[str], folder: Path) -> dict[str, Any]:
-    return megatron_ranks.train(ranks, recipe, save=(2, folder))
+def saved_on_the_way(ranks: Ranks, config: RunConfig, folder: Path) -> dict[str, Any]:
+    return megatron_ranks.train(ranks, config, save=(2, folder))
 
 
-def resumed(ranks: Ranks, recipe: list[str], folder: Path) -> dict[str, Any]:
-    return megatron_ranks.train(ranks, recipe, range(2, 4), resume=folder)
+def resumed(ranks: Ranks, config: RunConfig, folder: Path) -> dict[str, Any]:
+    return megatron_ranks.train(ranks, config, range(2, 4), resume=folder)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS])
 def test_the_same_layout_goes_on_bit_for_bit_with_dropout(
     layout: str,
     half: Callable[..., tuple[Path, dict[str, Any]]],
-    recipes: Callable[..., list[str]],
+    recipes: Callable[..., RunConfig],
     ranks: dict[int, RankPool],
 ) -> None:
     folder, whole = half(layout, DROPOUT)
@@ -68,7 +71,7 @@ def test_another_layout_goes_on_to_rounding(
     written: str,
     read: str,
     half: Callable[..., tuple[Path, dict[str, Any]]],
-    recipes: Callable[..., list[str]],
+    recipes: Callable[..., RunConfig],
     ranks: dict[int, RankPool],
 ) -> None:
     folder, whole = half(written)
@@ -89,11 +92,9 @@ def test_a_checkpoint_holds_no_pickle(half: Callable[..., tuple[Path, dict[str, 
     }
 
 
-def refused(ranks: Ranks, recipe: list[str], folder: Path) -> str:
-    from engine.errors import UserError
-
+def refused(ranks: Ranks, config: RunConfig, folder: Path) -> str:
     try:
-        resumed(ranks, recipe, folder)
+        resumed(ranks, config, folder)
     except UserError as error:
         return str(error)
     raise AssertionError("it was not refused")
@@ -101,43 +102,38 @@ def refused(ranks: Ranks, recipe: list[str], folder: Path) -> str:
 
 def test_a_checkpoint_of_another_model_is_refused(
     half: Callable[..., tuple[Path, dict[str, Any]]],
-    recipes: Callable[..., list[str]],
+    recipes: Callable[..., RunConfig],
     ranks: dict[int, RankPool],
 ) -> None:
     folder, _ = half("one rank")
     wider = ["model.init=random", "model.config_overrides.intermediate_size=96"]
     recipe = recipes("sft", *in_layout("tp+sp"), *wider)
-    path = next(o.split("=", 1)[1] for o in recipe if o.startswith("model.path="))
-    assert (
-        ranks[2](refused, recipe, folder)
-        == [f"{folder}: the checkpoint is of another model than {path}; choose the run's own recipe."] * 2
-    )
+    said = f"{folder}: the checkpoint is of another model than {recipe.model.path}; choose the run's own recipe."
+    assert ranks[2](refused, recipe, folder) == [said] * 2
 
 
-RUN = ["backend=megatron", "cluster=ray_local", "cluster.num_workers=2", "backend.tensor_parallel=2"]
+TENSOR_PARALLEL = ["backend=megatron", "backend.tensor_parallel=2"]
 
 
 @pytest.fixture(scope="module")
-def long_run(recipes: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Return the overrides of a run of twelve steps on two ranks."""
+def long_run(words: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Return the overrides of a run of twelve steps, without a backend."""
 
     def make(folder: Path, *more: str) -> list[str]:
-        own = [*recipes("sft"), *RUN, DROPOUT, "algorithm.max_num_steps=12", "checkpoint.period=2", f"run.dir={folder}"]
+        own = [*words("sft"), "algorithm.max_num_steps=12", "checkpoint.period=2", f"run.dir={folder}"]
         return list({o.split("=", 1)[0]: o for o in [*own, *more]}.values())
 
     return make
 
 
-def finished(process: subprocess.Popen[str], timeout: float = 200) -> None:
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == 0, out + err
-
-
 def test_a_rank_that_is_killed_changes_nothing(
-    long_run: Callable[..., list[str]], engine_process: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    long_run: Callable[..., list[str]],
+    engine_process: Callable[..., subprocess.Popen[str]],
+    two_ranks: RankPool,
+    tmp_path: Path,
 ) -> None:
     """kill -9 of a tensor-parallel rank in the middle of a step: Ray starts both again, from the last checkpoint."""
-    finished(engine_process(long_run(tmp_path / "whole")))
+    assert two_ranks(megatron_ranks.whole_run, long_run(tmp_path / "whole", *TENSOR_PARALLEL, DROPOUT)) == [0, 0]
     (tmp_path / "disturb.py").write_text(
         "import os, signal\n"
         "from engine.types import Callback\n"
@@ -148,37 +144,35 @@ def test_a_rank_that_is_killed_changes_nothing(
         "            died.write_text('')\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed_run = long_run(tmp_path / "killed", "cluster.max_failures=1", "run.callbacks=[disturb:Disturb]")
-    finished(engine_process(killed_run, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}))
+    ray = ["cluster=ray_local", "cluster.num_workers=2", "cluster.max_failures=1", "run.callbacks=[disturb:Disturb]"]
+    killed_run = long_run(tmp_path / "killed", *TENSOR_PARALLEL, DROPOUT, *ray)
+    process = engine_process(killed_run, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
     assert (tmp_path / "killed" / "died").exists()
     whole, killed = ([line["train/loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed"))
     assert killed == whole and len(whole) == 12
 
 
 def test_a_run_moves_between_backends_through_hf(
-    long_run: Callable[..., list[str]], engine_process: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    long_run: Callable[..., list[str]], one: RankPool, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
     first = tmp_path / "megatron"
-    short = ["algorithm.max_num_steps=2", DROPOUT.replace("0.2", "0.0")]
-    finished(engine_process(long_run(first, *short)))
+    short = "algorithm.max_num_steps=2"
+    assert two_ranks(megatron_ranks.whole_run, long_run(first, *TENSOR_PARALLEL, short)) == [0, 0]
     out = tmp_path / "exported"
     run = [sys.executable, "-m", "engine.export", "--checkpoint", str(first), "--out", str(out)]
     subprocess.run(run, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     written, exported = (load_file(folder / "model.safetensors") for folder in (first / "hf", out))
     assert written.keys() == exported.keys() and all((x == exported[name]).all() for name, x in written.items())
-    one_more = [*short, f"model.path={first / 'hf'}", "algorithm.max_num_steps=1"]
-    local = ["cluster=local", "cluster.num_workers=null"]
-    finished(
-        engine_process(long_run(tmp_path / "torch", *one_more, "backend=torch", "backend.tensor_parallel=null", *local))
-    )
-    finished(engine_process(long_run(tmp_path / "again", *one_more, "backend.tensor_parallel=1", *local)))
-    ours, theirs = (read_metrics(tmp_path / name)[0] for name in ("again", "torch"))
+    for backend in ("megatron", "torch"):
+        one_more = [f"backend={backend}", f"model.path={first / 'hf'}", "algorithm.max_num_steps=1"]
+        assert one(megatron_ranks.whole_run, long_run(tmp_path / backend / "again", *one_more)) == [0]
+    ours, theirs = (read_metrics(tmp_path / name / "again")[0] for name in ("megatron", "torch"))
     assert close([ours["train/loss"], ours["train/grad_norm"]], [theirs["train/loss"], theirs["train/grad_norm"]])
-    back = engine_process(
-        long_run(first, *short, "algorithm.max_num_steps=3", "backend=torch", "backend.tensor_parallel=null", *local)
-    )
-    err = back.communicate(timeout=120)[1]
-    assert back.returncode == 2
-    assert "was written by backend=megatron; resume with that, or start a new run from its hf/ folder" in err
+    with pytest.raises(
+        UserError, match=r"was written by backend=megatron; resume with that, or start a new run from its hf/"
+    ):
+        engine.run(long_run(first, "backend=torch", "cluster=local", "algorithm.max_num_steps=3"))

@@ -14,6 +14,8 @@ from rank_pool import RankPool
 from safetensors.torch import load_file
 from torch import nn
 
+from engine.config.compose import compose
+from engine.config.schema import RunConfig
 from engine.ranks import Ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -87,6 +89,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
+def composed(overrides: list[str]) -> RunConfig:
+    """Return the recipe; of overrides of the same key the last one counts."""
+    return compose(list({o.split("=", 1)[0]: o for o in overrides}.values())).config
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_computed_and_written_back_exactly(
@@ -105,8 +112,7 @@ def test_a_family_is_computed_and_written_back_exactly(
     export.mkdir()
     count, options = LAYOUTS[layout]
     given = [*base, f"model.path={folder}", f"run.dir={tmp_path}", "backend=megatron", "cluster=env", *options]
-    recipe = list({o.split("=", 1)[0]: o for o in given}.values())
-    found = {1: one, 2: two_ranks, 4: four_ranks}[count](megatron_ranks.loaded, recipe, export, DOCUMENT)
+    found = {1: one, 2: two_ranks, 4: four_ranks}[count](megatron_ranks.loaded, composed(given), export, DOCUMENT)
     lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
         logits = lm(DOCUMENT[None]).logits[0].log_softmax(-1)
@@ -123,12 +129,12 @@ def test_a_family_is_computed_and_written_back_exactly(
     assert AutoTokenizer.from_pretrained(export).chat_template
 
 
-def written_in_files(ranks: Ranks, recipe: list[str], export: Path) -> None:
+def written_in_files(ranks: Ranks, config: RunConfig, export: Path) -> None:
     from engine.backends.megatron import weights
 
     weights.FILE_BYTES = 40_000
     try:
-        megatron_ranks.loaded(ranks, recipe, export, DOCUMENT)
+        megatron_ranks.loaded(ranks, config, export, DOCUMENT)
     finally:
         weights.FILE_BYTES = 5 * 10**9
 
@@ -142,7 +148,7 @@ def test_a_large_model_is_written_in_several_files(
     export.mkdir()
     given = [*base, f"model.path={folder}", f"run.dir={tmp_path}", "backend=megatron", "cluster=env"]
     given += ["backend.tensor_parallel=2"]
-    two_ranks(written_in_files, list({o.split("=", 1)[0]: o for o in given}.values()), export)
+    two_ranks(written_in_files, composed(given), export)
     files = sorted(f.name for f in export.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert all((export / f).stat().st_size < 48_000 for f in files)
@@ -151,11 +157,10 @@ def test_a_large_model_is_written_in_several_files(
 
 
 @megatron_ranks.in_a_layout_of_its_own
-def read_with_a_watch(ranks: Ranks, recipe: list[str]) -> tuple[int, int, int]:
+def read_with_a_watch(ranks: Ranks, config: RunConfig) -> tuple[int, int, int]:
     """Load a model, and return the bytes of this rank's parameters, of the largest, and of the most that was held beside them."""
     from engine import backends
     from engine.backends.megatron import parts
-    from engine.config.compose import compose
 
     beside, most = [0], [0]
     plain, write = torch.zeros, parts.Part.write
@@ -189,7 +194,7 @@ def read_with_a_watch(ranks: Ranks, recipe: list[str]) -> tuple[int, int, int]:
 
     parts.Part.write, Weights._set, Weights.fill = watched, let_go, filled  # type: ignore[method-assign]
     try:
-        backend: Any = backends.build(compose(list(recipe)).config, ranks)
+        backend: Any = backends.build(config, ranks)
     finally:
         parts.Part.write, Weights._set, Weights.fill = write, set_one, fill  # type: ignore[method-assign]
     sizes = [h.parameter.nbytes for h in backend.weights.held]
@@ -202,7 +207,7 @@ def test_no_rank_holds_more_than_its_shard_and_one_tensor(
     given = [*base, f"model.path={folder_of('llama3')}", f"run.dir={tmp_path}", "backend=megatron", "cluster=env"]
     given += ["backend.tensor_parallel=2", "data.max_length=64"]
     whole = sum(p.nbytes for p in tensors(folder_of("llama3")).values())
-    for shard, largest, beside in two_ranks(read_with_a_watch, list({o.split("=", 1)[0]: o for o in given}.values())):
+    for shard, largest, beside in two_ranks(read_with_a_watch, composed(given)):
         assert shard < 0.6 * whole
         assert beside <= 2 * largest  # one tensor, and the slice that is being put into it
 
