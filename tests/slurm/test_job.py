@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from engine.checkpoint import all_in
 from tests.conftest import read_metrics
 from tests.slurm.cluster import Cluster, wait_for
@@ -94,19 +96,13 @@ def test_cancelled_run_stays_cancelled_and_may_be_submitted_again(
     assert [start["job"] for start in starts(again)][:2] == [run.job, again.job]
 
 
-def test_crashed_node_is_done_without(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
+@pytest.mark.parametrize("number", [0, 1], ids=["the driver's", "another"])
+def test_crashed_node_is_done_without(
+    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit, number: int
+) -> None:
     run = submitted([*small, *TWO, SLOW])
     run.wait_for_step(3)
-    lost = starts(run)[0]["nodes"][1]
-    slurm.crash(lost)
-    assert_went_on(run, undisturbed)
-    assert lost not in starts(run)[-1]["nodes"]
-
-
-def test_crash_of_the_drivers_node(small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit) -> None:
-    run = submitted([*small, *TWO, SLOW])
-    run.wait_for_step(3)
-    lost = starts(run)[0]["nodes"][0]
+    lost = starts(run)[0]["nodes"][number]
     slurm.crash(lost)
     assert_went_on(run, undisturbed)
     assert lost not in starts(run)[-1]["nodes"]
