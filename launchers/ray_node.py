@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -23,6 +24,10 @@ READY = "ready"
 """What is printed once the node's Ray runs."""
 PERIOD_S = 0.5
 """Seconds between two looks at standard input and at Ray."""
+LOOK_S = 5.0
+"""Seconds between two looks whether Ray's server is in reach, and that one of them may take."""
+LOST_S = 45.0
+"""Seconds out of reach after which a node is taken to be cut off: its ranks must not hold what the job's next start needs."""
 PR_SET_CHILD_SUBREAPER = 36
 ANY_PORTS = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
 """Where Ray would take fixed numbers, it takes any that are free."""
@@ -31,7 +36,7 @@ OBJECTS_BYTES = 200_000_000
 
 
 def main(words: list[str]) -> int:
-    """Run the node's part until standard input is closed, or Ray has ended.
+    """Run the node's part until standard input is closed, Ray has ended, or its server is out of reach.
 
     Args:
         words: Address of Ray's server, HOST:PORT; ``head`` or ``worker``; folder for Ray's files; more options of ``ray start``.
@@ -60,7 +65,7 @@ def main(words: list[str]) -> int:
             print(f"{socket.gethostname()}: ray start failed\n{started.stdout}", file=sys.stderr)
             return 1
         print(READY, flush=True)
-        return _wait()
+        return _wait(address if kind == "worker" else None)
     finally:
         end_descendants()
         rmtree(folder, ignore_errors=True)
@@ -113,13 +118,38 @@ def end_descendants() -> None:
         _reap()
 
 
-def _wait() -> int:
-    """Wait until standard input is closed, or until Ray's own process on this node has ended."""
+def _wait(address: str | None) -> int:
+    """Wait until standard input is closed, or Ray's own process on this node has ended, or its server is out of reach.
+
+    Ray itself would take minutes to notice the last of these.
+
+    Args:
+        address: The server's; None: it is on this node.
+    """
+    looked = reached = time.monotonic()
     while not select.select([sys.stdin], [], [], PERIOD_S)[0]:
         _reap()
         if not any(_is_raylet(child) for child in psutil.Process().children()):
             return 1
+        now = time.monotonic()
+        if address is None or now - looked < LOOK_S:
+            continue
+        looked = now
+        if _answers(address):
+            reached = now
+        elif now - reached > LOST_S:
+            print(f"{socket.gethostname()}: {address} is out of reach, and what runs here ends.", file=sys.stderr)
+            return 1
     return 0
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=LOOK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _is_raylet(process: psutil.Process) -> bool:

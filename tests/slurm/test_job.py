@@ -108,12 +108,13 @@ def test_crashed_node_is_done_without(
     assert lost not in starts(run)[-1]["nodes"]
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["the driver's", "another"])
 def test_node_without_network_is_done_without(
-    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit
+    small: list[str], undisturbed: Path, slurm: Cluster, submitted: Submit, number: int
 ) -> None:
     run = submitted([*small, *TWO, SLOW])
     run.wait_for_step(3)
-    lost = starts(run)[0]["nodes"][1]
+    lost = starts(run)[0]["nodes"][number]
     slurm.cut(lost)
     assert_went_on(run, undisturbed)
     assert lost not in starts(run)[-1]["nodes"]
