@@ -31,8 +31,9 @@ FIRST_PORT, PORTS = 20_000, 10_000
 """Ray's servers of all jobs get two ports each out of so many."""
 NODES_TIMEOUT_S = 300.0
 """Seconds that the nodes of a job have to start Ray."""
-LOCK_S = 90.0
-"""Seconds that the driver of a job's earlier start may take to let go of the run folder."""
+LOCK_S = 600.0
+"""Seconds that the driver of a job's earlier start may take to let go of the run folder: on a machine that was cut off it waits for
+the others first."""
 WHOLE_NODE = ("--mem=0", "--cpu-bind=none", "--mpi=none")
 """What lets a step of one task have all that the job has of a machine."""
 END_S = 20.0
