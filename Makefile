@@ -18,11 +18,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/python -m engine
 
-# As many files at a time as there are workers; half of them wait for processes that they start. Triton's interpreter is chosen
-# when triton is first imported: its tests have processes of their own.
+# As many files at a time as there are workers, but for those whose tests are several processes at once. Triton's interpreter is
+# chosen when triton is first imported: its tests have processes of their own.
 WORKERS ?= 2
+SEVERAL = tests/distributed tests/chaos
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/slurm
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(SEVERAL:%=--ignore %) --ignore tests/slurm
+	$(BIN)/python -m pytest $(SEVERAL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/interpreter
 
 # Simulated clusters, for which there is no more than one at a time.
