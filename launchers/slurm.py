@@ -91,11 +91,11 @@ def ask(*words: str) -> str:
 
 def check(cluster: ClusterSection, found: Sequence[Nodes]) -> list[str]:
     """Return a sentence for every reason why Slurm could never start such a job on the machines that there are."""
-    named = [p for p in (cluster.partition, cluster.prepare_partition) if p]
     known = sorted({n.partition for n in found})
     problems = [
-        f"cluster.partition={name}: Slurm has no such partition; {_near(name, known)}."
-        for name in dict.fromkeys(",".join(named).split(","))
+        f"cluster.{key}={name}: Slurm has no such partition; {_near(name, known)}."
+        for key in ("partition", "prepare_partition")
+        for name in (getattr(cluster, key) or "").split(",")
         if name and name not in known
     ]
     return (problems or _check_shape(cluster, _suited(found, cluster))) + _check_sbatch(cluster)

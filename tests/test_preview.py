@@ -67,7 +67,7 @@ def small(base: list[str], tmp_path: Path) -> Callable[..., list[str]]:
 class Page(HTMLParser):
     """Reads a page: balanced tags, attributes, and the text of what it marks as trained."""
 
-    VOID = {"meta", "input"}
+    VOID = {"meta", "link", "input"}
 
     def __init__(self, text: str) -> None:
         super().__init__()

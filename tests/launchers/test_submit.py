@@ -157,7 +157,7 @@ def test_the_environment_goes_along_and_is_never_written(
     ("words", "said"),
     [
         ([*GPUS, "cluster.partition=gpus"], "cluster.partition=gpus: Slurm has no such partition; did you mean gpu."),
-        ([*GPUS, "cluster.prepare_partition=zzz"], "cluster.partition=zzz: Slurm has no such partition; there is cpu, gpu."),
+        ([*GPUS, "cluster.prepare_partition=zzz"], "cluster.prepare_partition=zzz: Slurm has no such partition; there is cpu, gpu."),
         (["cluster=slurm", "cluster.gpus_per_node=16", "train.global_batch_size=16"], "cluster.gpus_per_node: 16 GPUs of a machine, and partition gpu has none with more than 8; set it to 8 or less."),
         ([*GPUS, "cluster.partition=cpu"], "partition cpu has none with more than 0; choose another partition, or cluster.num_workers"),
         (["cluster=slurm_8x8", "train.global_batch_size=64"], "cluster.num_nodes=8: partition gpu has 4 machines with 8 GPUs or more; set it to 4 or less."),
@@ -172,7 +172,7 @@ def test_what_slurm_could_never_start(
     slurm: FakeSlurm, base: list[str], tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    error = refused([*base, *words, f"run.dir={folder}"], capsys)
+    error = refused([*base, *words, "data.drop_last=false", f"run.dir={folder}"], capsys)
     assert said in error and len(error.splitlines()) == 1
     assert slurm.jobs == [] and not folder.exists()
 
