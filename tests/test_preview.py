@@ -234,7 +234,8 @@ def test_the_page_is_whole_escaped_and_alone(
     text = file.read_text()
     page = Page(text)
     assert not re.search(r"https?://|@import|url\(", text) and "script" not in page.tags and "b" in page.tags
-    assert not {"src", "href", "onclick", "onload"} & {name for name, _ in page.attributes}
+    loads = {(name, value) for name, value in page.attributes if name in ("src", "href", "onclick", "onload")}
+    assert loads == {("href", "data:,")}  # the icon, so that none is asked for
     assert text.startswith("<!DOCTYPE html>") and ("lang", "en") in page.attributes and "<title>" in text
     assert sorted(page.trained) == sorted([f"{answer}<|im_end|>" for answer in answers] + ["No.<|im_end|>"] * 3)
     assert HOSTILE not in text and HOSTILE in page.text
