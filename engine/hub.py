@@ -89,7 +89,7 @@ def _refused(path: str, kind: str) -> str | None:
     if local_model_folder(path) is not None:
         return None
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{path.replace('/', '--')}" / "snapshots"
     if cached.is_dir():
@@ -100,7 +100,7 @@ def _refused(path: str, kind: str) -> str | None:
         return f"{path}: gated, and this account may not read it; ask for access on its page, and log in with `hf auth login`."
     except RepositoryNotFoundError:
         return f"{path}: the hub has no such {kind}, or it is private; check the name, or log in with `hf auth login`."
-    except (HfHubHTTPError, OSError):
+    except (HTTPError, OSError):  # a name that is not found, say, is no error of the hub's own
         return (
             f"{path}: not in the hub's cache, and the hub does not answer; check the network, or where HF_HOME points."
         )

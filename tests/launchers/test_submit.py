@@ -261,12 +261,17 @@ def test_a_model_that_the_hub_does_not_give(
 ) -> None:
     import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, HTTPError
 
     def gated(self: HfApi, repo_id: str, **options: object) -> None:
         raise GatedRepoError("no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
 
+    def unplugged(self: HfApi, repo_id: str, **options: object) -> None:
+        raise HTTPError("Temporary failure in name resolution")
+
     words = [*base, *CPUS, "model.path=someone/gated", f"run.dir={tmp_path}"]
+    assert "someone/gated: not in the hub's cache, and the hub does not answer" in refused(words, capsys)
+    monkeypatch.setattr(HfApi, "auth_check", unplugged)
     assert "someone/gated: not in the hub's cache, and the hub does not answer" in refused(words, capsys)
     monkeypatch.setattr(HfApi, "auth_check", gated)
     assert "someone/gated: gated, and this account may not read it" in refused(words, capsys)
