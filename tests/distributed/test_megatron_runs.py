@@ -67,6 +67,11 @@ def test_the_default_run_is_the_same_on_both_backends(run: Run, by_torch: Path, 
     assert_same_run(tmp_path, by_torch)
 
 
-def test_four_workers_of_a_cluster_do_the_same(run: Run, by_torch: Path, four_cores: list[str], tmp_path: Path) -> None:
-    run(tmp_path, *TENSOR_PARALLEL, "backend.context_parallel=2", *four_cores, "run.callbacks=[]")
+@pytest.mark.parametrize(
+    "backend", [["backend=torch"], [*TENSOR_PARALLEL, "backend.context_parallel=2"]], ids=["torch", "megatron"]
+)
+def test_four_workers_of_a_cluster_do_the_same(
+    run: Run, by_torch: Path, four_cores: list[str], tmp_path: Path, backend: list[str]
+) -> None:
+    run(tmp_path, *backend, *four_cores, "run.callbacks=[]")
     assert_same_run(tmp_path, by_torch)
