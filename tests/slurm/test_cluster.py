@@ -67,7 +67,7 @@ def test_eight_nodes_of_slurm_8x8_are_one_ray_cluster_of_64_gpus(
     """A line before the run takes its place, as there are no devices behind these names."""
     (tmp_path / "probe.py").write_text(PROBE)
     probe = f"exec {sys.executable} {tmp_path / 'probe.py'} {tmp_path / 'run'}"
-    words = [*base, "train.global_batch_size=64", "cluster=slurm_8x8", "cluster.prepare=none"]
+    words = [*base, "train.global_batch_size=64", "data.drop_last=false", "cluster=slurm_8x8", "cluster.prepare=none"]
     run = submitted([*words, f"cluster.setup=['{probe}']"])
     run.wait()
     total, by_node = json.loads((run.run_dir / "found.json").read_text())
