@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.peak import check
+from tests.peak import held, planned
 
 
 def measured(*words: str) -> dict[str, Any]:
@@ -36,4 +36,6 @@ def measured(*words: str) -> dict[str, Any]:
     ids=["torch", "torch_bfloat16_recompute", "torch_lora", "megatron_bfloat16"],
 )
 def test_the_formulas_say_what_a_step_holds(words: list[str]) -> None:
-    check(measured(*words))
+    found = measured(*words)
+    assert planned(found) == held(found)
+    assert found["kept"] == pytest.approx(found["state"], rel=1e-3)
